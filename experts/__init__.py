@@ -1,0 +1,1 @@
+"""Experts: where they live, how they are loaded, how they compute."""

@@ -1,0 +1,1 @@
+"""Native CPU kernels: sources, build and the Python calls."""

@@ -1,0 +1,1 @@
+"""Generated code of protobuf package `expertmesh.v1`."""

@@ -1,0 +1,179 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchStatusRequest(_message.Message):
+    __slots__ = ("interval_s",)
+    INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
+    interval_s: float
+    def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
+
+class GroupStatus(_message.Message):
+    __slots__ = ("group_id", "state", "grpc_address", "transport", "compute", "num_threads", "num_experts", "resident_bytes", "num_calls", "num_rows", "num_pairs", "busy_s", "node_id", "pid")
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_CALLS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    group_id: str
+    state: str
+    grpc_address: str
+    transport: str
+    compute: str
+    num_threads: int
+    num_experts: int
+    resident_bytes: int
+    num_calls: int
+    num_rows: int
+    num_pairs: int
+    busy_s: float
+    node_id: str
+    pid: int
+    def __init__(self, group_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., transport: _Optional[str] = ..., compute: _Optional[str] = ..., num_threads: _Optional[int] = ..., num_experts: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., num_calls: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_pairs: _Optional[int] = ..., busy_s: _Optional[float] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class RouterStatus(_message.Message):
+    __slots__ = ("router_id", "state", "grpc_address", "requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_total", "state_slots_used", "state_slots_total", "prompt_tokens", "generation_tokens", "preemptions", "steps", "step_s", "dispatch_s", "pid", "trunk_ops")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    STATE_SLOTS_USED_FIELD_NUMBER: _ClassVar[int]
+    STATE_SLOTS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_S_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_OPS_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    state: str
+    grpc_address: str
+    requests_running: int
+    requests_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    state_slots_used: int
+    state_slots_total: int
+    prompt_tokens: int
+    generation_tokens: int
+    preemptions: int
+    steps: int
+    step_s: float
+    dispatch_s: float
+    pid: int
+    trunk_ops: str
+    def __init__(self, router_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., state_slots_used: _Optional[int] = ..., state_slots_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., pid: _Optional[int] = ..., trunk_ops: _Optional[str] = ...) -> None: ...
+
+class ClusterStatus(_message.Message):
+    __slots__ = ("model", "dtype", "placement_epoch", "max_model_len", "routers", "groups")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    dtype: str
+    placement_epoch: int
+    max_model_len: int
+    routers: _containers.RepeatedCompositeFieldContainer[RouterStatus]
+    groups: _containers.RepeatedCompositeFieldContainer[GroupStatus]
+    def __init__(self, model: _Optional[str] = ..., dtype: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., max_model_len: _Optional[int] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[GroupStatus, _Mapping]]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("target", "timeout_s")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    timeout_s: float
+    def __init__(self, target: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("requests_left",)
+    REQUESTS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    requests_left: int
+    def __init__(self, requests_left: _Optional[int] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("expert_groups", "routers")
+    EXPERT_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    expert_groups: int
+    routers: int
+    def __init__(self, expert_groups: _Optional[int] = ..., routers: _Optional[int] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GroupCapacity(_message.Message):
+    __slots__ = ("group_id", "capacity")
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    group_id: str
+    capacity: float
+    def __init__(self, group_id: _Optional[str] = ..., capacity: _Optional[float] = ...) -> None: ...
+
+class PlanPlacementRequest(_message.Message):
+    __slots__ = ("groups",)
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[GroupCapacity]
+    def __init__(self, groups: _Optional[_Iterable[_Union[GroupCapacity, _Mapping]]] = ...) -> None: ...
+
+class GroupPlan(_message.Message):
+    __slots__ = ("group_id", "num_experts", "bytes", "expected_load")
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_LOAD_FIELD_NUMBER: _ClassVar[int]
+    group_id: str
+    num_experts: int
+    bytes: int
+    expected_load: float
+    def __init__(self, group_id: _Optional[str] = ..., num_experts: _Optional[int] = ..., bytes: _Optional[int] = ..., expected_load: _Optional[float] = ...) -> None: ...
+
+class PlanPlacementResponse(_message.Message):
+    __slots__ = ("groups", "balancedness", "num_moves")
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_MOVES_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[GroupPlan]
+    balancedness: float
+    num_moves: int
+    def __init__(self, groups: _Optional[_Iterable[_Union[GroupPlan, _Mapping]]] = ..., balancedness: _Optional[float] = ..., num_moves: _Optional[int] = ...) -> None: ...
+
+class ApplyPlacementRequest(_message.Message):
+    __slots__ = ("groups", "expected_epoch")
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[GroupCapacity]
+    expected_epoch: int
+    def __init__(self, groups: _Optional[_Iterable[_Union[GroupCapacity, _Mapping]]] = ..., expected_epoch: _Optional[int] = ...) -> None: ...
+
+class ApplyPlacementResponse(_message.Message):
+    __slots__ = ("placement_epoch",)
+    PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    placement_epoch: int
+    def __init__(self, placement_epoch: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""The router: gateway, engine, trunk and gating of one serving process."""

@@ -1,0 +1,1 @@
+"""Transports behind one seam: in-process, gRPC stream, lane."""

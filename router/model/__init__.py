@@ -1,0 +1,1 @@
+"""The trunk: everything of the model but the routed experts."""
