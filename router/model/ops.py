@@ -204,17 +204,16 @@ class Ops(Protocol):
         """`silu(gate_up[:, :F]) * gate_up[:, F:2F]` -> `[T, F]`; columns behind 2F are ignored."""
         ...
 
-    def gate_topk(
-        self, logits: Tensor, top_k: int, *, normalize: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Choose experts: softmax in float32 over all E, top-k (ties to the lower id), renormalise
-        to sum 1.
+    def gate_topk(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """Choose experts: softmax in float32 over all E, top-k (ties to the lower id), renormalise.
 
         Args:
             logits: `[T, E]`.
+            top_k: K.
 
         Returns:
-            `topk_ids` int32 `[T, K]` by falling probability, `topk_weights` float32 `[T, K]`.
+            `topk_ids` int32 `[T, K]` by falling probability, `topk_weights` float32 `[T, K]`, rows
+            sum to 1.
         """
         ...
 
