@@ -1,0 +1,450 @@
+"""What can be set, its one default, its rule, and where a value came from.
+
+A value is looked up in this order: command line, environment (`EXPERTMESH_SECTION__FIELD`), file
+(TOML or JSON, one table per section), default. No other file holds a default for a field listed
+here. This file knows nothing of checkpoints, Ray or torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import json
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from protos.errors import ConfigurationError, Violation
+
+ENV_PREFIX = "EXPERTMESH_"
+
+Origin = Literal["command line", "environment", "file", "default"]
+
+
+def _number(default: Any, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A field whose value lies in `[minimum, maximum]`; None passes where the type has it."""
+    return field(default=default, metadata={"minimum": minimum, "maximum": maximum})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """Which checkpoint is served, and in what precision."""
+
+    checkpoint: str = ""
+    """Folder in the Hugging Face layout: config.json, *.safetensors, tokenizer files."""
+    served_model_name: str | None = None
+    """Name that clients use; unset: the checkpoint folder's name."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of weights and activations; unset: the checkpoint's."""
+    max_model_len: int | None = _number(None, minimum=1)
+    """Context window in tokens, prompt and output together; unset: what the checkpoint allows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsSection:
+    """Where the routed experts live, and how they compute."""
+
+    groups: str | None = None
+    """Number of expert groups, or `name:capacity,name:capacity` for unequal ones; unset: 1."""
+    transport: Literal["auto", "lane", "grpc"] = "auto"
+    """How rows travel: a framed socket (lane), a gRPC stream, or the faster one that works."""
+    compute: Literal["auto", "native", "deepspeed", "torch"] = "auto"
+    """Kernels of the experts; auto measures at start-up."""
+    threads: int | None = _number(None, minimum=1)
+    """Threads of one expert group; unset: the node's cores shared among its groups."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSection:
+    """The processes that clients talk to."""
+
+    count: int = _number(1, minimum=1, maximum=64)
+    """Routers; each runs the trunk and has its own port (port, port + 1, ...)."""
+    host: str = "127.0.0.1"
+    """Address to bind; 0.0.0.0 opens the port to the network."""
+    port: int = _number(50051, minimum=0, maximum=65535)
+    """gRPC port of the first router; 0 picks a free one."""
+    trunk_ops: Literal["auto", "native", "torch"] = "auto"
+    """Kernels of the trunk; auto takes native where this CPU has them."""
+    threads: int | None = _number(None, minimum=1)
+    """Threads of the trunk; unset: the node's cores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSection:
+    """Continuous batching and its memory, per router."""
+
+    max_num_seqs: int = _number(64, minimum=1, maximum=4096)
+    """Sequences that run at the same time."""
+    max_num_batched_tokens: int = _number(2048, minimum=1)
+    """Tokens in one step, prefill chunks and decode together."""
+    max_queued: int = _number(1024, minimum=0)
+    """Requests that wait; more are refused with QUEUE_FULL."""
+    block_size: int = _number(32, minimum=1, maximum=1024)
+    """Tokens in one KV block."""
+    num_kv_blocks: int | None = _number(None, minimum=1)
+    """KV blocks; unset: from kv_cache_gib."""
+    kv_cache_gib: float | None = _number(None, minimum=0.001)
+    """Memory of the KV cache in GiB; unset: a share of what is free."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSection:
+    """The Ray cluster and the life of the service in it."""
+
+    ray_address: str | None = None
+    """Ray cluster to join (host:port, or auto); unset: a private one on this machine."""
+    namespace: str = "expertmesh"
+    """Ray namespace of the actors; two services in one cluster need two."""
+    start_timeout_s: float = _number(600.0, minimum=1)
+    """Seconds from the command to `ready`."""
+    shutdown_timeout_s: float = _number(45.0, minimum=0)
+    """Seconds that running requests get to finish after SIGTERM."""
+    verbose: bool = False
+    """Show INFO of every process; otherwise WARNING and above."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration; a component receives its own section only."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    """Which checkpoint is served, and in what precision."""
+    experts: ExpertsSection = field(default_factory=ExpertsSection)
+    """Where the routed experts live, and how they compute."""
+    router: RouterSection = field(default_factory=RouterSection)
+    """The processes that clients talk to."""
+    engine: EngineSection = field(default_factory=EngineSection)
+    """Continuous batching and its memory, per router."""
+    cluster: ClusterSection = field(default_factory=ClusterSection)
+    """The Ray cluster and the life of the service in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A checked configuration, and where each value came from."""
+
+    config: Config
+    origins: Mapping[str, Origin]
+    """Dotted path of every field -> origin."""
+
+
+def load_config(
+    cli: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> Loaded:
+    """Merge command line, environment and file over the defaults, and check every value.
+
+    Args:
+        cli: Dotted path -> value; None means "not given".
+        env: The environment; only `EXPERTMESH_SECTION__FIELD` names are looked at.
+        file: A `.toml` or `.json` file.
+
+    Raises:
+        ConfigurationError: Unknown keys and values against their rule, all of them in one error.
+    """
+    violations: list[Violation] = []
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = dict.fromkeys(_fields(), "default")
+    sources: tuple[tuple[Origin, Mapping[str, Any]], ...] = (
+        ("file", _read_file(file) if file else {}),
+        ("environment", _from_env(env or {})),
+        ("command line", {k: v for k, v in (cli or {}).items() if v is not None}),
+    )
+    for origin, found in sources:
+        for path, raw in found.items():
+            spec = _fields().get(path)
+            if spec is None:
+                violations.append(_unknown(path, raw, origin))
+                continue
+            try:
+                values[path] = _coerce(raw, spec, from_text=origin == "environment")
+                origins[path] = origin
+            except ValueError as error:
+                violations.append(Violation(path, str(error), raw if _is_plain(raw) else repr(raw)))
+    if violations:
+        raise ConfigurationError(violations=violations)
+    sections = {
+        section.name: _section_type(section.name)(
+            **{
+                name.split(".", 1)[1]: value
+                for name, value in values.items()
+                if name.startswith(section.name + ".")
+            }
+        )
+        for section in dataclasses.fields(Config)
+    }
+    config = Config(**sections)
+    parse_groups(config.experts.groups)
+    return Loaded(config, origins)
+
+
+def parse_groups(spec: str | None) -> dict[str, float]:
+    """Return group name -> capacity of `experts.groups`; `3` is three equal groups `group-0` ....
+
+    Raises:
+        ConfigurationError: Neither form, a name twice, or a capacity of 0 or less.
+    """
+    text = (spec or "1").strip()
+    rule = "must be a number of groups (3) or name:capacity pairs (a:2,b:1)"
+
+    def refuse(why: str) -> ConfigurationError:
+        return ConfigurationError("experts.groups", f"{rule}: {why}", text)
+
+    if text.isdigit():
+        count = int(text)
+        if not 1 <= count <= 1024:
+            raise refuse("1 to 1024 groups")
+        return {f"group-{i}": 1.0 for i in range(count)}
+    groups: dict[str, float] = {}
+    for part in text.split(","):
+        name, separator, capacity = part.strip().partition(":")
+        if not name or not all(c.isalnum() or c in "-_" for c in name):
+            raise refuse(f"{name!r} is not a name of letters, digits, - and _")
+        try:
+            share = float(capacity) if separator else 1.0
+        except ValueError:
+            raise refuse(f"capacity {capacity!r} of {name} is not a number") from None
+        if not 0 < share < float("inf"):
+            raise refuse(f"capacity {capacity!r} of {name} must be above 0")
+        if name in groups:
+            raise refuse(f"{name} is named twice")
+        groups[name] = share
+    return groups
+
+
+def to_json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a configuration file."""
+    properties: dict[str, Any] = {}
+    for section in dataclasses.fields(Config):
+        cls = _section_type(section.name)
+        fields_schema = {}
+        for item in dataclasses.fields(cls):
+            spec = _fields()[f"{section.name}.{item.name}"]
+            fields_schema[item.name] = {
+                "description": spec.doc,
+                "default": spec.default,
+                **_type_schema(spec),
+            }
+        properties[section.name] = {
+            "type": "object",
+            "description": inspect.getdoc(cls),
+            "additionalProperties": False,
+            "properties": fields_schema,
+        }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "ExpertMesh configuration",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+def describe(path: str) -> str:
+    """Return the sentence and the rule of a field, as help texts show it."""
+    spec = _fields()[path]
+    rule = spec.rule
+    default = "" if spec.default in (None, "") else f" Default: {spec.default}."
+    return f"{spec.doc}{f' Rule: {rule}.' if rule else ''}{default}"
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return dotted path -> value of every field."""
+    return {
+        path: getattr(getattr(config, path.split(".")[0]), path.split(".")[1]) for path in _fields()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    doc: str
+    kind: Any
+    """One of int, float, bool, str."""
+    optional: bool
+    choices: tuple[str, ...]
+    minimum: float | None
+    maximum: float | None
+    default: Any
+
+    @property
+    def rule(self) -> str:
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.minimum is not None and self.maximum is not None:
+            return f"{self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f"{self.minimum:g} or more"
+        return ""
+
+
+def _section_type(name: str) -> type[Any]:
+    kind: type[Any] = typing.get_type_hints(Config)[name]
+    return kind
+
+
+@functools.cache
+def _fields() -> dict[str, _Field]:
+    """Dotted path -> what is known of the field, in the order of the source."""
+    found = {}
+    for section in dataclasses.fields(Config):
+        cls = _section_type(section.name)
+        hints = typing.get_type_hints(cls)
+        docs = _attribute_docs(cls)
+        for item in dataclasses.fields(cls):
+            kinds = [hints[item.name]]
+            if typing.get_origin(kinds[0]) in (types.UnionType, typing.Union):
+                kinds = list(typing.get_args(kinds[0]))
+            plain = [kind for kind in kinds if kind is not type(None)]
+            choices = typing.get_args(plain[0]) if typing.get_origin(plain[0]) is Literal else ()
+            found[f"{section.name}.{item.name}"] = _Field(
+                doc=docs[item.name],
+                kind=str if choices else plain[0],
+                optional=len(plain) < len(kinds),
+                choices=choices,
+                minimum=item.metadata.get("minimum"),
+                maximum=item.metadata.get("maximum"),
+                default=item.default,
+            )
+    return found
+
+
+def _attribute_docs(cls: type[Any]) -> dict[str, str]:
+    """Return the docstrings that stand under a class's fields."""
+    body = typing.cast(
+        ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    ).body
+    docs = {}
+    for statement, below in itertools.pairwise(body):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            docs[statement.target.id] = " ".join(str(below.value.value).split())
+    return docs
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigurationError(
+            "--config", f"must be a readable file ({error.strerror})", str(path)
+        ) from None
+    try:
+        if path.suffix == ".json":
+            document = json.loads(text)
+        elif path.suffix == ".toml":
+            document = tomllib.loads(text)
+        else:
+            raise ConfigurationError("--config", "must end in .toml or .json", str(path))
+    except ValueError as error:  # JSONDecodeError and TOMLDecodeError
+        raise ConfigurationError(
+            "--config", f"must be valid {path.suffix[1:]}: {error}", str(path)
+        ) from None
+    if not isinstance(document, dict):
+        raise ConfigurationError("--config", "must hold one table per section", str(path))
+    flat: dict[str, Any] = {}
+    for section, content in document.items():
+        if isinstance(content, dict):
+            flat.update({f"{section}.{name}": value for name, value in content.items()})
+        else:
+            flat[section] = content
+    return flat
+
+
+def _from_env(env: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1): value
+        for name, value in env.items()
+        if name.startswith(ENV_PREFIX) and "__" in name
+    }
+
+
+def _unknown(path: str, raw: Any, origin: Origin) -> Violation:
+    tail = path.rsplit(".", 1)[-1]
+    near = [known for known in _fields() if known.rsplit(".", 1)[-1] == tail][:1]
+    near = near or difflib.get_close_matches(path, _fields(), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else f"; sections: {', '.join(_sections())}"
+    return Violation(
+        path, f"is not a known setting ({origin}){hint}", raw if _is_plain(raw) else ""
+    )
+
+
+def _sections() -> list[str]:
+    return [section.name for section in dataclasses.fields(Config)]
+
+
+def _is_plain(raw: Any) -> bool:
+    return isinstance(raw, str | int | float | bool)
+
+
+def _coerce(raw: Any, spec: _Field, *, from_text: bool) -> Any:
+    """Return `raw` as the field's type.
+
+    Raises:
+        ValueError: The text says what the value must be.
+    """
+    if raw is None or (from_text and spec.optional and raw.lower() in ("", "none")):
+        if spec.optional:
+            return None
+        raise ValueError("must be set")
+    if from_text:
+        raw = _parse_text(raw, spec.kind)
+    if spec.choices:
+        if raw not in spec.choices:
+            near = difflib.get_close_matches(str(raw), spec.choices, n=1)
+            more = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"must be one of {', '.join(spec.choices)}{more}")
+        return raw
+    if spec.kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+        raw = float(raw)
+    if spec.kind is str and isinstance(raw, int) and not isinstance(raw, bool):
+        raw = str(raw)  # `groups = 2` in a file
+    if type(raw) is not spec.kind:
+        raise ValueError(f"must be {_kind_name(spec.kind)}")
+    if spec.minimum is not None and not raw >= spec.minimum:
+        raise ValueError(f"must be {spec.rule}")
+    if spec.maximum is not None and not raw <= spec.maximum:
+        raise ValueError(f"must be {spec.rule}")
+    return raw
+
+
+def _parse_text(text: str, kind: Any) -> Any:
+    if kind is bool:
+        known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if text.lower() not in known:
+            raise ValueError("must be true or false")
+        return known[text.lower()]
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"must be {_kind_name(kind)}") from None
+
+
+def _kind_name(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+
+
+def _type_schema(spec: _Field) -> dict[str, Any]:
+    name = {int: "integer", float: "number", bool: "boolean", str: "string"}[spec.kind]
+    schema: dict[str, Any] = {"type": [name, "null"] if spec.optional else name}
+    if spec.choices:
+        schema["enum"] = [*spec.choices, *([None] if spec.optional else [])]
+    if spec.minimum is not None:
+        schema["minimum"] = spec.minimum
+    if spec.maximum is not None:
+        schema["maximum"] = spec.maximum
+    return schema
