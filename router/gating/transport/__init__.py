@@ -1,1 +1,1 @@
-"""Transports behind one seam: in-process, gRPC stream, lane."""
+"""Transports to expert groups behind one seam: lane (framed socket), gRPC stream, in process."""
