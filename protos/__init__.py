@@ -1,1 +1,1 @@
-"""Wire contracts of ExpertMesh: protocol buffers, tensors on the wire, errors, and the Python client."""
+"""Wire contracts of ExpertMesh: messages, tensors and frames, errors, and the Python client."""

@@ -557,6 +557,16 @@ def from_status(status: status_pb2.Status) -> ExpertMeshError:
     return error
 
 
+def from_status_bytes(payload: bytes) -> ExpertMeshError:
+    """Build the error of a serialised `google.rpc.Status`, e.g. the payload of an error frame."""
+    status = status_pb2.Status()
+    try:
+        status.ParseFromString(payload)
+    except protobuf_message.DecodeError:
+        return WireFormatError(f"{len(payload)} bytes that are no google.rpc.Status")
+    return from_status(status)
+
+
 def from_rpc_error(error: grpc.RpcError) -> ExpertMeshError:
     """Build our error from what a sync or async stub raised."""
     for key, value in _trailers(error):

@@ -1,6 +1,7 @@
 """Regenerate the Python code beside the `.proto` files.
 
-Run `python -m protos.generate` after an edit and commit the result; a test regenerates into a scratch folder and compares.
+Run `python -m protos.generate` after an edit and commit the result; a test regenerates into a
+scratch folder and compares.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ ROOT = PACKAGE.parent.parent
 
 
 def generate(out: Path) -> None:
-    """Write `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` of every file in `protos/v1` under `out/protos/v1`.
+    """Write `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` of every `.proto` to `out/protos/v1`.
 
     Raises:
         RuntimeError: protoc rejected a file; its message is on stderr.
