@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from protos.errors import ConfigurationError
 from router.engine.batch import Batch
 
 
@@ -227,3 +228,33 @@ class Ops(Protocol):
             handed over whole).
         """
         ...
+
+
+def choose_ops(dtype: torch.dtype, device: torch.device, name: str = "auto") -> Ops:
+    """Choose the kernels for a device and log which.
+
+    Args:
+        dtype: Of the model's matrices.
+        device: Where the trunk runs.
+        name: `torch`, `native`, or `auto`: native on a CPU for which kernels were built.
+
+    Raises:
+        ConfigurationError: An unknown name, or native kernels that are not there.
+    """
+    if name not in ("auto", "torch", "native"):
+        raise ConfigurationError("ops", "must be auto, torch or native", name)
+    # The two are imported here: both import this file, and nobody loads the one that is not chosen.
+    if name != "torch" and device.type == "cpu":
+        from experts.native.kernels import load_kernels
+
+        kernels = load_kernels()
+        if kernels is not None:
+            from router.model.native_ops import NativeOps
+
+            return NativeOps(kernels, dtype)
+    if name == "native":
+        hint = "python -m experts.native.build"
+        raise ConfigurationError("ops", "has no native kernels on this machine", name, hint)
+    from router.model.torch_ops import TorchOps
+
+    return TorchOps(dtype, device)
