@@ -1,0 +1,359 @@
+"""The C++ kernels behind Python: packed weights, banks of experts, and the loader.
+
+This file decides which library is loaded and owns the packed memory; the arithmetic and the layouts
+are in the C++ sources (start with `gemm.h`). It knows nothing of models, groups or calls.
+
+Invariance, on which everything else rests: a row's bits depend on that row and on the weights,
+never on the other rows, their number, the number of threads or the resident experts. Different
+instruction sets give different bits.
+
+Words: a *panel* is 64 columns of a packed weight; a *bank* holds the packed experts of one layer in
+*slots*; a *pair* is one (row, slot) for which an expert output is wanted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import weakref
+from ctypes import c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experts.native import build
+
+log = logging.getLogger(__name__)
+
+FLOAT32 = 1
+BFLOAT16 = 2
+SLOTS = 1
+PARTIAL = 2
+_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+_ISA_CPU_FLAGS = {
+    "avx512bf16": {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    "avx2": {"avx2", "fma"},
+}
+
+_SHORT_CALL_WORK = 20_000_000
+"""Multiply-adds (some 100 us) below which a call keeps the interpreter lock: giving it up in a
+decode step can cost a wait of up to 5 ms for another Python thread."""
+
+_INT, _LONG, _PTR = c_int, c_int64, c_void_p
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "em_set_threads": (None, [_INT]),
+    "em_threads": (_INT, []),
+    "em_set_spin_us": (None, [_INT]),
+    "em_park": (None, []),
+    "em_alloc": (_PTR, [_LONG]),
+    "em_free": (None, [_PTR, _LONG]),
+    "em_packed_bytes": (_LONG, [_LONG, _LONG, _INT]),
+    "em_pack": (None, [_PTR, _INT, _PTR, _INT, _LONG, _LONG, _LONG]),
+    "em_linear": (
+        None,
+        [_PTR, _INT, _LONG, _LONG, _PTR, _INT, _LONG, _LONG, _PTR, _INT, _LONG],
+    ),
+    "em_slot_bytes": (_LONG, [_INT, _LONG, _LONG]),
+    "em_fill_slot": (None, [_PTR, _INT, _LONG, _LONG, _LONG, _PTR, _PTR, _INT]),
+    "em_experts": (
+        _INT,
+        [
+            *(_PTR, _INT, _LONG, _LONG, _LONG, _PTR, _INT, _LONG, _LONG),
+            *(_PTR, _PTR, _PTR, _LONG, _INT, _PTR, _INT),
+        ],
+    ),
+}
+
+
+class _Library:
+    """The functions of one shared object, with their argument types set once."""
+
+    def __init__(self, cdll: ctypes.CDLL) -> None:
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(cdll, name)
+            function.restype = result
+            function.argtypes = arguments
+            setattr(self, name.removeprefix("em_"), function)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+class _Memory:
+    """Page-aligned zeroed memory outside torch, in huge pages where possible; freed with the
+    object."""
+
+    __slots__ = ("__weakref__", "address", "num_bytes")
+
+    def __init__(self, library: _Library, num_bytes: int) -> None:
+        address = library.alloc(num_bytes)
+        if not address:
+            raise MemoryError(f"cannot allocate {num_bytes} bytes for packed weights")
+        self.address: int = address
+        self.num_bytes = num_bytes
+        weakref.finalize(self, library.free, address, num_bytes).atexit = False
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A weight `[out_features, in_features]` as `Kernels.linear` reads it."""
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    code: int
+    address: int
+    memory: _Memory
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed weight, padding included."""
+        return self.memory.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBank:
+    """The packed experts of one layer, `num_slots` of them; a slot is empty until it is filled."""
+
+    num_slots: int
+    hidden: int
+    intermediate: int
+    dtype: torch.dtype
+    code: int
+    address: int
+    slot_bytes: int
+    memory: _Memory
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes reserved; pages of slots that were never filled are not resident."""
+        return self.memory.num_bytes
+
+
+class Kernels:
+    """One library of kernels and its thread pool. Calls from several threads take turns."""
+
+    def __init__(self, path: Path, isa: str) -> None:
+        """Load the library at `path`, which must fit this CPU (see `load_kernels`)."""
+        self.isa = isa
+        self._long = _Library(ctypes.CDLL(str(path)))
+        self._short = _Library(ctypes.PyDLL(str(path)))
+        self._fn = self._long
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that work on a call, the caller among them."""
+        return int(self._short.threads())
+
+    def set_num_threads(self, n: int) -> None:
+        """Set how many threads work on a call; the caller is the first of them."""
+        if n < 1:
+            raise ValueError(f"num_threads must be at least 1, got {n}")
+        self._short.set_threads(n)
+
+    def set_spin_us(self, spin_us: int) -> None:
+        """Set how long an idle helper spins before it sleeps (default 30 us)."""
+        self._short.set_spin_us(spin_us)
+
+    def park(self) -> None:
+        """Send idle helpers to sleep at once: the caller is about to wait for someone else."""
+        self._short.park()
+
+    def pack_linear(self, weight: Tensor, dtype: torch.dtype | None = None) -> PackedLinear:
+        """Pack a weight for `linear`; the original is not kept.
+
+        Args:
+            weight: `[N, K]` float32 or bfloat16, CPU, last dimension contiguous.
+            dtype: What it is packed as (bfloat16 rounds to nearest even); default its own dtype.
+        """
+        n, k = weight.shape
+        dtype = dtype or weight.dtype
+        code = _DTYPES[dtype]
+        if weight.stride(1) != 1 and k > 1:
+            weight = weight.contiguous()
+        memory = _Memory(self._long, self._long.packed_bytes(n, k, code))
+        self._long.pack(
+            *(memory.address, code, weight.data_ptr(), _DTYPES[weight.dtype], n, k),
+            weight.stride(0) * weight.element_size(),
+        )
+        return PackedLinear(n, k, dtype, code, memory.address, memory)
+
+    def linear(
+        self,
+        x: Tensor,
+        w: PackedLinear,
+        out: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Multiply rows by a packed weight: `x @ weight.T`, sums in float32.
+
+        Args:
+            x: `[M, K]` float32 or bfloat16; rows may have a stride. Float32 inputs of a bfloat16
+                weight are rounded to bfloat16 first.
+            w: The packed weight.
+            out: Where to write, `[M, N]` with contiguous rows; a fresh tensor without it.
+            out_dtype: Dtype of a fresh `out`.
+
+        Returns:
+            `[M, N]`.
+        """
+        m, k = x.shape
+        if k != w.in_features:
+            raise ValueError(f"x has {k} columns, the weight {w.in_features}")
+        if x.stride(1) != 1 and k > 1:
+            x = x.contiguous()
+        n = w.out_features
+        if out is None:
+            out = torch.empty((m, n), dtype=out_dtype)
+        elif out.shape != (m, n) or (out.stride(1) != 1 and n > 1):
+            raise ValueError(f"out must be [{m}, {n}] with contiguous rows, got {out.shape}")
+        x_dtype = x.dtype
+        library = self._short if m * n * k < _SHORT_CALL_WORK else self._long
+        library.linear(
+            *(w.address, w.code, n, k, x.data_ptr(), _DTYPES[x_dtype], m),
+            x.stride(0) * x_dtype.itemsize,
+            *(out.data_ptr(), _DTYPES[out.dtype], out.stride(0)),
+        )
+        return out
+
+    def new_expert_bank(
+        self, num_slots: int, hidden: int, intermediate: int, dtype: torch.dtype
+    ) -> ExpertBank:
+        """Reserve packed storage for the experts of one layer.
+
+        Args:
+            num_slots: Experts it can hold.
+            hidden: Width of rows and outputs.
+            intermediate: Width of gate and of up.
+            dtype: float32 or bfloat16; bfloat16 rounds inputs and the SwiGLU output to bfloat16.
+        """
+        code = _DTYPES[dtype]
+        slot_bytes = self._long.slot_bytes(code, hidden, intermediate)
+        memory = _Memory(self._long, max(1, num_slots) * slot_bytes)
+        return ExpertBank(
+            num_slots, hidden, intermediate, dtype, code, memory.address, slot_bytes, memory
+        )
+
+    def fill_slot(self, bank: ExpertBank, slot: int, gate_up: Tensor, down: Tensor) -> None:
+        """Pack one expert into a slot, replacing what was there.
+
+        Args:
+            bank: The bank.
+            slot: In `[0, bank.num_slots)`.
+            gate_up: `[2 * intermediate, hidden]`, gate first; float32 or bfloat16.
+            down: `[hidden, intermediate]`, same dtype.
+        """
+        want = (2 * bank.intermediate, bank.hidden), (bank.hidden, bank.intermediate)
+        if (tuple(gate_up.shape), tuple(down.shape)) != want or gate_up.dtype != down.dtype:
+            raise ValueError(
+                f"an expert of this bank has gate_up {want[0]} and down {want[1]} of one dtype, "
+                f"got {tuple(gate_up.shape)} {gate_up.dtype} and {tuple(down.shape)} {down.dtype}"
+            )
+        if not 0 <= slot < bank.num_slots:
+            raise ValueError(f"slot {slot} is not in [0, {bank.num_slots})")
+        gate_up, down = gate_up.contiguous(), down.contiguous()
+        self._long.fill_slot(
+            *(bank.address, bank.code, slot, bank.hidden, bank.intermediate),
+            *(gate_up.data_ptr(), down.data_ptr(), _DTYPES[gate_up.dtype]),
+        )
+
+    def experts_forward(
+        self,
+        bank: ExpertBank,
+        rows: Tensor,
+        pair_row: Tensor,
+        pair_slot: Tensor,
+        pair_weight: Tensor | None,
+        combine: int,
+        out: Tensor,
+    ) -> None:
+        """Run experts over pairs of (row, slot).
+
+        Args:
+            bank: The layer's experts; every slot in `pair_slot` must have been filled.
+            rows: `[R, hidden]` float32 or bfloat16, contiguous rows.
+            pair_row: `[P]` int32, in `[0, R)`.
+            pair_slot: `[P]` int32, in `[0, bank.num_slots)`.
+            pair_weight: `[P]` float32, used by PARTIAL; None counts as 1.
+            combine: SLOTS: `out[p]` is the unweighted output of pair p. PARTIAL: `out[r]` is the
+                float32 sum of weight * output over the row's pairs, in pair order.
+            out: `[P, hidden]` float32 or bfloat16 for SLOTS, `[R, hidden]` float32 for PARTIAL;
+                contiguous.
+
+        Raises:
+            IndexError: A pair names a row or slot that does not exist; `out` is untouched.
+        """
+        num_rows, hidden = rows.shape
+        num_pairs = pair_row.shape[0]
+        if hidden != bank.hidden or rows.stride(1) != 1:
+            raise ValueError(f"rows must be [R, {bank.hidden}], got {tuple(rows.shape)}")
+        if pair_slot.shape[0] != num_pairs or pair_row.dtype != torch.int32:
+            raise ValueError("pair_row and pair_slot must be int32 of one length")
+        if pair_slot.dtype != torch.int32 or not out.is_contiguous():
+            raise ValueError("pair_slot must be int32 and out contiguous")
+        if out.shape != ((num_pairs if combine == SLOTS else num_rows), hidden):
+            raise ValueError(f"out has shape {tuple(out.shape)}")
+        if combine == PARTIAL and out.dtype != torch.float32:
+            raise ValueError("PARTIAL sums are float32")
+        if pair_weight is not None and (
+            pair_weight.shape[0] != num_pairs or pair_weight.dtype != torch.float32
+        ):
+            raise ValueError("pair_weight must be float32, one for each pair")
+        x_dtype = rows.dtype
+        work = num_pairs * hidden * bank.intermediate * 3
+        library = self._short if work < _SHORT_CALL_WORK else self._long
+        code = library.experts(
+            *(bank.address, bank.code, bank.num_slots, hidden, bank.intermediate),
+            *(rows.data_ptr(), _DTYPES[x_dtype], num_rows, rows.stride(0) * x_dtype.itemsize),
+            *(pair_row.data_ptr(), pair_slot.data_ptr()),
+            None if pair_weight is None else pair_weight.data_ptr(),
+            *(num_pairs, combine, out.data_ptr(), _DTYPES[out.dtype]),
+        )
+        if code:
+            name, bound = ("pair_row", num_rows) if code == 1 else ("pair_slot", bank.num_slots)
+            raise IndexError(f"{name} has an entry outside [0, {bound})")
+
+
+def cpu_flags() -> frozenset[str]:
+    """Read this machine's CPU flags; empty where /proc/cpuinfo does not list them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    found = next((line for line in lines if line.startswith("flags")), ":")
+    return frozenset(found.split(":", 1)[1].split())
+
+
+def load_kernels(isa: str = "auto") -> Kernels | None:
+    """Load the best kernels that are built and that this CPU runs.
+
+    Args:
+        isa: "auto", or one of `build.ISA_FLAGS` to insist on.
+
+    Returns:
+        The kernels, with one thread; None when there are none (the caller falls back to torch).
+    """
+    if isa != "auto" and isa not in _ISA_CPU_FLAGS:
+        raise ValueError(f'isa must be "auto" or one of {sorted(_ISA_CPU_FLAGS)}, got {isa!r}')
+    flags = cpu_flags()
+    reasons = []
+    for name in _ISA_CPU_FLAGS if isa == "auto" else [isa]:
+        missing = _ISA_CPU_FLAGS[name] - flags
+        path = build.library_path(name)
+        if missing:
+            reasons.append(f"{name}: the CPU lacks {' '.join(sorted(missing))}")
+        elif not path.exists():
+            reasons.append(f"{name}: not built (python -m experts.native.build)")
+        else:
+            try:
+                kernels = Kernels(path, name)
+            except OSError as error:
+                reasons.append(f"{name}: {error}")
+                continue
+            log.info("native_kernels isa=%s library=%s", name, path.name)
+            return kernels
+    log.warning("native_kernels isa=none fallback=torch reasons=%s", "; ".join(reasons))
+    return None
