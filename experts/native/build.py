@@ -21,8 +21,8 @@ BUILD_DIR = SOURCE_DIR / "_build"
 
 COMMON_FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread"),
-    # Sums are never reordered or contracted; two libraries in one process share no symbols.
-    *("-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
+    # Sums are never reordered or contracted; each library calls its own functions.
+    *("-ffp-contract=off", "-fno-math-errno", "-Wl,-Bsymbolic"),
 )
 ISA_FLAGS = {
     "avx512bf16": (

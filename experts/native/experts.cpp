@@ -207,7 +207,6 @@ bool within(const int32_t* values, int64_t count, int64_t bound) {
 }  // namespace
 }  // namespace em
 
-#pragma GCC visibility push(default)
 extern "C" {
 
 int64_t em_slot_bytes(int dtype, int64_t hidden, int64_t intermediate) {

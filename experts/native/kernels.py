@@ -139,9 +139,10 @@ class Kernels:
     def __init__(self, path: Path, isa: str) -> None:
         """Load the library at `path`, which must fit this CPU (see `load_kernels`)."""
         self.isa = isa
-        self._long = _Library(ctypes.CDLL(str(path)))
+        self.library = ctypes.CDLL(str(path))
+        """For users that declare functions of their own; calls give up the interpreter lock."""
+        self._long = _Library(self.library)
         self._short = _Library(ctypes.PyDLL(str(path)))
-        self._fn = self._long
 
     @property
     def num_threads(self) -> int:

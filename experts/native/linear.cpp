@@ -80,7 +80,6 @@ void linear(const uint32_t* w, int64_t n, int64_t k, const char* x, int x_dtype,
 }  // namespace
 }  // namespace em
 
-#pragma GCC visibility push(default)
 extern "C" {
 
 int64_t em_packed_bytes(int64_t n, int64_t k, int dtype) {

@@ -138,7 +138,6 @@ void* Region::bytes(size_t size) {
 
 }  // namespace em
 
-#pragma GCC visibility push(default)
 extern "C" {
 
 void em_set_threads(int n) { em::Pool::get().set_threads(n); }
