@@ -67,6 +67,7 @@ int64_t now_ms() {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Packs one forward frame per group into frames[g]. pair_group[t*K+k] and pair_index[t*K+k] receive where the pair's result row will
@@ -241,3 +242,4 @@ void em_combine_slots(const int32_t* pair_group, const int32_t* pair_index, cons
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -13,6 +13,7 @@ the trunk.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class ExpertDispatcher:
         self._timeout_s = timeout_s
         num = len(transports)
         self._groups_of_layer = list(first_copies(placement).unbind())
-        self._load_of_layer = list(self.load.counts.unbind())
+        self._load_of_layer = list(torch.from_numpy(self.load.counts).unbind())
         self._frames = [FrameBuffer() for _ in range(num)]
         self._headers = [FrameBuffer(codec.HEADER_BYTES) for _ in range(num)]
         self._results = [FrameBuffer() for _ in range(num)]
@@ -90,10 +91,11 @@ class ExpertDispatcher:
         if kernels is None:
             self._packing = TorchPacking(options, num)
         else:
-            self._packing = NativePacking(kernels.library, options, num)
+            library = ctypes.CDLL(str(kernels.path))
+            self._packing = NativePacking(library, options, num)
             lanes = [t for t in transports if isinstance(t, LaneTransport)]
             if len(lanes) == num:
-                self._lanes = LaneSet(kernels.library, lanes)
+                self._lanes = LaneSet(library, lanes)
 
     @classmethod
     def connect(

@@ -21,8 +21,8 @@ def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
         cos_sin: float32 `[T, rotary_dim]`: cos, then sin.
     """
     half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin.unsqueeze(1).split(half, dim=-1)
-    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    cos, sin = torch.split(cos_sin.unsqueeze(1), half, dim=-1)
+    first, second, rest = torch.split(x, (half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 

@@ -121,8 +121,9 @@ def chunked_delta_rule(
     if padding:
         q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
         g, beta = (F.pad(x, (0, padding)) for x in (g, beta))
-    q, k, v = (x.unflatten(2, (-1, size)) for x in (q, k, v))  # [N, H, chunks, size, d]
-    g, beta = (x.unflatten(2, (-1, size)) for x in (g, beta))
+    shape = (*q.shape[:2], -1, size)
+    q, k, v = (x.reshape(*shape, x.shape[-1]) for x in (q, k, v))  # [N, H, chunks, size, d]
+    g, beta = g.reshape(shape), beta.reshape(shape)
     since_start = g.cumsum(-1)
     from_start = since_start.exp().unsqueeze(-1)  # decay from the chunk's start to token i
     to_end = (since_start[..., -1:] - since_start).exp().unsqueeze(-1)
@@ -135,7 +136,7 @@ def chunked_delta_rule(
     system = (k_beta @ k.mT) * between
     right = torch.cat((v * beta.unsqueeze(-1), k_beta * from_start), dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    values, keys_of_past = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
+    values, keys_of_past = torch.split(solved, (v.shape[-1], k.shape[-1]), dim=-1)
     attention = (q @ k.mT) * between
     q = q * from_start
     k = k * to_end

@@ -9,6 +9,8 @@ Conventions, so that a step is one call without views or casts around it:
 - activations are `[T, width]`, contiguous, in `Ops.activation_dtype`, unless said otherwise;
 - norm weights, the conv weight and the Gated DeltaNet vectors are float32 and contiguous, whatever
   the model's dtype;
+- what belongs to one ops (`LinearWeight`, `KvLayer`, `step`) is `Any` where it comes back as
+  argument;
 - per-step metadata is made once, by `begin_step`, and handed to every layer as `step`;
 - an op may return a buffer that it overwrites at its next call only if nothing in this file's order
   of calls can still hold the old one. When in doubt, a fresh tensor.
@@ -139,7 +141,7 @@ class Ops(Protocol):
         the batch itself."""
         ...
 
-    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+    def linear(self, x: Tensor, weight: Any) -> Tensor:
         """`x [T, K] @ weight.T` -> `[T, N]`, activation dtype."""
         ...
 
@@ -177,7 +179,7 @@ class Ops(Protocol):
         ...
 
     def attention(
-        self, qkv: Tensor, params: AttentionParams, cos_sin: Tensor, kv: KvLayer, step: Any
+        self, qkv: Tensor, params: AttentionParams, cos_sin: Tensor, kv: Any, step: Any
     ) -> Tensor:
         """Attend causally over the paged past, from the fused projection to the output gate.
 

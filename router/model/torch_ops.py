@@ -248,10 +248,10 @@ class TorchOps:
         if step.fresh_slots is not None:
             state.conv.index_fill_(0, step.fresh_slots, 0)
             state.recurrent.index_fill_(0, step.fresh_slots, 0)
-        qkv, z, b, a = mixed.split((2 * key_dim + value_dim, value_dim, heads, heads), dim=1)
+        qkv, z, b, a = torch.split(mixed, (2 * key_dim + value_dim, value_dim, heads, heads), dim=1)
         rows = step.rows_of_conv(params.conv_kernel)
         qkv = gated_delta_net.causal_conv(qkv, state.conv, params.conv_weight, step.slots, *rows)
-        q, k, v = qkv.split((key_dim, key_dim, value_dim), dim=1)
+        q, k, v = torch.split(qkv, (key_dim, key_dim, value_dim), dim=1)
         shape = (-1, params.num_key_heads, params.key_head_dim)
         q = gated_delta_net.l2_normalize(q.reshape(shape), L2_EPS) * params.key_head_dim**-0.5
         k = gated_delta_net.l2_normalize(k.reshape(shape), L2_EPS)
@@ -276,14 +276,12 @@ class TorchOps:
             if self._fla is not None:
                 found, after = self._fla_delta_rule(group, inputs, before)
             elif group.max_len == 1:
-                found, after = gated_delta_net.recurrent_delta_rule(
-                    *(x.squeeze(1) for x in inputs), before
-                )
+                q1, k1, v1, g1, beta1 = (x.squeeze(1) for x in inputs)
+                found, after = gated_delta_net.recurrent_delta_rule(q1, k1, v1, g1, beta1, before)
                 found = found.unsqueeze(1)
             else:
-                found, after = gated_delta_net.chunked_delta_rule(
-                    *(x.transpose(1, 2) for x in inputs), before
-                )
+                qs, ks, vs, gs, betas = (x.transpose(1, 2) for x in inputs)
+                found, after = gated_delta_net.chunked_delta_rule(qs, ks, vs, gs, betas, before)
                 found = found.transpose(1, 2)
             memory.index_copy_(0, group.slots, after)
             out.index_copy_(0, group.tokens, group.unpad(found))
@@ -323,8 +321,8 @@ class TorchOps:
     ) -> Tensor:
         """See `Ops.attention`."""
         heads, kv_heads, size = params.num_heads, params.num_kv_heads, params.head_dim
-        q_gate, k, v = qkv.split((2 * heads * size, kv_heads * size, kv_heads * size), dim=1)
-        q, gate = q_gate.reshape(-1, heads, 2 * size).split(size, dim=-1)
+        q_gate, k, v = torch.split(qkv, (2 * heads * size, kv_heads * size, kv_heads * size), dim=1)
+        q, gate = torch.split(q_gate.reshape(-1, heads, 2 * size), size, dim=-1)
         q = norm.rms_norm(q.float(), params.q_norm, params.eps)
         k = norm.rms_norm(k.reshape(-1, kv_heads, size).float(), params.k_norm, params.eps)
         q = attention.apply_rotary(q, cos_sin).to(kv.k.dtype)
