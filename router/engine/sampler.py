@@ -1,0 +1,307 @@
+"""Draws the next token of every sequence of a step.
+
+A drawn token is a function of its own sequence only: its logits, its parameters, and a random
+number that is a pure function of (seed, index among the request's n, position of the token). No
+generator lives anywhere, so neither the batch mix nor a preemption nor a resume on another machine
+changes a token. Rows are worked on together; where all rows are plain greedy, one argmax does it.
+
+Words: *plain* means greedy without bias, penalties, log-probabilities or a pending `min_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from router.engine.candidates import (
+    SUM_WIDTH,
+    Doubles,
+    Floats,
+    Ints,
+    cumulative_masses,
+    masses,
+    token_logprobs,
+    top_candidates,
+)
+from router.engine.request import Logprobs, SamplingParams
+
+_DRAWS_PER_COUNTER = 4
+"""Philox 4x64 gives four 64-bit words a counter."""
+
+_DRAWS_AHEAD = 64
+"""Random numbers made at a time; they are a function of the position, so none is ever lost."""
+
+_FIRST_NUCLEUS = 64
+"""Candidates tried first for top-p without top-k; 16 times as many while that is not enough."""
+
+
+class SamplerState:
+    """What the sampler remembers of one sequence. All of it follows from its tokens."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        index: int,
+        prompt: NDArray[np.int64],
+        logprobs: int | None = None,
+        banned_ids: frozenset[int] = frozenset(),
+        min_tokens: int = 0,
+    ) -> None:
+        self.params = params
+        self.is_greedy = params.temperature == 0.0
+        self.logprobs = logprobs
+        self.position = len(prompt)
+        """Position of the token to be drawn next."""
+        self._key = (params.seed & (2**64 - 1)) | (index << 64)
+        self._draws: list[float] = []
+        self._draws_from = -1
+        self._banned = np.array(sorted(banned_ids), dtype=np.int64) if min_tokens else None
+        self._banned_until = len(prompt) + min_tokens
+        self._bias_ids = np.array(list(params.logit_bias), dtype=np.int64)
+        self._bias = np.array(list(params.logit_bias.values()), dtype=np.float32)
+        self._penalises = (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+        self._prompt: NDArray[np.int64] | None = prompt
+        self._column: dict[int, int] = {}
+        self._seen_ids = np.empty(0, dtype=np.int64)
+        self._seen_counts = np.empty(0, dtype=np.float32)
+        self._note_plain()
+
+    def _note_plain(self) -> None:
+        if self._banned is not None and self.position >= self._banned_until:
+            self._banned = None
+        self.is_adjusted = bool(
+            self._penalises or len(self._bias_ids) or (self._banned is not None)
+        )
+        self.is_plain = self.is_greedy and not self.is_adjusted and self.logprobs is None
+
+    def observe(self, token_id: int) -> None:
+        """Take the token that was drawn. Plain sequences need not call this."""
+        self.position += 1
+        if self._banned is not None:
+            self._note_plain()
+        if self._penalises:
+            self._count_prompt()
+            self._seen_counts[self._column_of(token_id)] += 1
+
+    def uniform(self) -> float:
+        """Return the random number of the next position, in [0, 1)."""
+        start = self.position - self.position % _DRAWS_AHEAD
+        if start != self._draws_from:
+            bits = np.random.Philox(key=self._key, counter=start // _DRAWS_PER_COUNTER)
+            self._draws = np.random.Generator(bits).random(_DRAWS_AHEAD).tolist()
+            self._draws_from = start
+        return self._draws[self.position - start]
+
+    def adjust(self, logits: Floats) -> None:
+        """Apply bias, penalties and the ban of stop tokens to one row `[vocab]`, in place."""
+        if len(self._bias_ids):
+            logits[self._bias_ids] += self._bias
+        if self._penalises:
+            self._count_prompt()
+            params = self.params
+            ids = self._seen_ids[: len(self._column)]
+            counts = self._seen_counts[: len(self._column)]
+            seen = logits[ids]
+            penalty = np.float32(params.repetition_penalty)
+            if penalty != 1.0:
+                seen = np.where(seen > 0, seen / penalty, seen * penalty)
+            seen -= np.float32(params.frequency_penalty) * counts
+            seen -= np.float32(params.presence_penalty) * (counts > 0)
+            logits[ids] = seen
+        if self._banned is not None:
+            logits[self._banned] = -np.inf
+
+    def _count_prompt(self) -> None:
+        """Note the prompt's tokens, once; only the repetition penalty looks at them."""
+        if self._prompt is None:
+            return
+        if self.params.repetition_penalty != 1.0:
+            self._seen_ids = np.unique(self._prompt)
+            self._seen_counts = np.zeros(len(self._seen_ids), dtype=np.float32)
+            self._column = {token: i for i, token in enumerate(self._seen_ids.tolist())}
+        self._prompt = None
+
+    def _column_of(self, token_id: int) -> int:
+        column = self._column.setdefault(token_id, len(self._column))
+        if column >= len(self._seen_ids):
+            spare = max(64, len(self._seen_ids))
+            self._seen_ids = np.concatenate([self._seen_ids, np.zeros(spare, np.int64)])
+            self._seen_counts = np.concatenate([self._seen_counts, np.zeros(spare, np.float32)])
+        self._seen_ids[column] = token_id
+        return column
+
+
+@dataclass(slots=True)
+class Samples:
+    """The tokens of one step, row by row."""
+
+    token_ids: Ints
+    """`[rows]`; anything in failed rows."""
+
+    failed_rows: list[int] = field(default_factory=list)
+    """Rows without a finite maximum."""
+
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    """By row, where asked for."""
+
+
+def sample(logits: Tensor, states: Sequence[SamplerState]) -> Samples:
+    """Draw one token a row.
+
+    A row fails if it holds NaN or +inf, or nothing but -inf; -inf marks an impossible token.
+
+    Args:
+        logits: float32 `[rows, vocab]`. Rows of sequences with bias or penalties are changed in
+            place.
+        states: One a row.
+    """
+    others = [row for row, state in enumerate(states) if not state.is_plain]
+    if not others and logits.device.type != "cpu":
+        tokens = logits.argmax(1)
+        peaks = logits.gather(1, tokens[:, None])[:, 0].cpu().numpy()
+        return _with_failures(Samples(tokens.cpu().numpy()), peaks)
+    values: Floats = logits.cpu().numpy()
+    token_ids = values.argmax(1)
+    samples = Samples(token_ids)
+    peaks = values[np.arange(len(values)), token_ids] if len(values) > 1 else values[0, token_ids]
+    _with_failures(samples, peaks)
+    if others:
+        failed = frozenset(samples.failed_rows)
+        _sample_others(samples, values, states, [row for row in others if row not in failed])
+    return samples
+
+
+def _with_failures(samples: Samples, peaks: Floats) -> Samples:
+    finite = np.isfinite(peaks)
+    if not finite.all():
+        samples.failed_rows = np.flatnonzero(~finite).tolist()
+    return samples
+
+
+def _sample_others(
+    samples: Samples, values: Floats, states: Sequence[SamplerState], rows: list[int]
+) -> None:
+    """Redo the rows that are not plain; their raw maxima are finite."""
+    logged = [row for row in rows if states[row].logprobs is not None]
+    adjusted = [row for row in rows if states[row].is_adjusted]
+    raw = {row: values[row].copy() for row in logged if states[row].is_adjusted}
+    for row in adjusted:
+        states[row].adjust(values[row])
+        token = samples.token_ids[row] = values[row].argmax()
+        if not np.isfinite(values[row, token]):
+            samples.failed_rows.append(row)
+    failed = frozenset(samples.failed_rows)
+    drawn = [row for row in rows if not states[row].is_greedy and row not in failed]
+    if drawn:
+        picked = values if len(drawn) == len(values) else values[drawn]
+        samples.token_ids[drawn] = draw(picked, [states[row] for row in drawn])
+    logged = [row for row in logged if row not in failed]
+    if logged:
+        before = np.stack([raw.get(row, values[row]) for row in logged])
+        tops = np.array([states[row].logprobs for row in logged], dtype=np.int64)
+        found = token_logprobs(before, samples.token_ids[logged], tops)
+        columns = zip(logged, found.token_ids, found.logprobs, found.top, strict=True)
+        for row, token_id, logprob, top in columns:
+            samples.logprobs[row] = Logprobs([token_id], [logprob], [top])
+
+
+def draw(values: Floats, states: Sequence[SamplerState]) -> Ints:
+    """Draw one token a row by temperature, top-k, top-p and min-p, through the inverse of the
+    cumulative distribution.
+
+    Source: slow twin: `draw_slowly` in `tests/unit/router/test_sampler.py`.
+    """
+    settings = [
+        (s.params.temperature, s.params.top_k, s.params.top_p, s.params.min_p, s.uniform())
+        for s in states
+    ]
+    drawing = _Drawing(*np.array(settings, dtype=np.float64).T)
+    tokens = np.empty(len(values), dtype=np.int64)
+    narrow = (drawing.top_k > 0) | (drawing.top_p < 1.0)
+    if narrow.all():
+        _draw_narrow(tokens, np.arange(len(values)), values, drawing)
+    elif narrow.any():
+        _draw_narrow(tokens, np.flatnonzero(narrow), values, drawing)
+    if not narrow.all():
+        _draw_wide(tokens, np.flatnonzero(~narrow), values, drawing)
+    return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """The settings of all rows, column by column, float64 `[rows]`."""
+
+    temperature: Doubles
+    top_k: Doubles
+    top_p: Doubles
+    min_p: Doubles
+    uniform: Doubles
+
+
+def _draw_wide(tokens: Ints, rows: Ints, values: Floats, drawing: _Drawing) -> None:
+    """Draw from the whole vocabulary (less min-p), in order of token id."""
+    picked = values[rows]
+    peaks = picked.max(1)
+    stretches = masses(picked, peaks, drawing.temperature[rows].astype(np.float32))
+    min_p = drawing.min_p[rows]
+    if min_p.any():
+        stretches[stretches < min_p[:, None, None]] = 0.0
+    cumulative = cumulative_masses(stretches)
+    target = _below(drawing.uniform[rows] * cumulative[:, -1], cumulative[:, -1])
+    stretch = (cumulative <= target[:, None]).sum(1)
+    each = np.arange(len(rows))
+    before = np.where(stretch > 0, cumulative[each, stretch - 1], 0.0)
+    inner = np.cumsum(stretches[each, stretch], axis=1, dtype=np.float64)
+    target = _below(target - before, inner[:, -1])
+    tokens[rows] = stretch * SUM_WIDTH + (inner <= target[:, None]).sum(1)
+
+
+def _draw_narrow(tokens: Ints, rows: Ints, values: Floats, drawing: _Drawing) -> None:
+    """Draw from the most probable tokens, in order of (probability descending, id ascending)."""
+    picked = values if len(rows) == len(values) else values[rows]
+    top_k, top_p = drawing.top_k[rows], drawing.top_p[rows]
+    temperature = drawing.temperature[rows]
+    vocab = values.shape[1]
+    is_open = top_k == 0
+    totals = np.zeros(len(rows))
+    if is_open.any():
+        opened = picked if is_open.all() else picked[is_open]
+        spread = temperature[is_open].astype(np.float32)
+        totals[is_open] = cumulative_masses(masses(opened, opened.max(1), spread))[:, -1]
+    counts = np.where(is_open, _FIRST_NUCLEUS, top_k).astype(np.int64)
+    pending = np.arange(len(rows))
+    while len(pending):
+        part = picked if len(pending) == len(rows) else picked[pending]
+        found = top_candidates(part, counts[pending])
+        scaled = (found.values - found.values[:, :1]).astype(np.float64)
+        mass = np.exp(scaled / temperature[pending, None])
+        cumulative = np.cumsum(mass, axis=1)
+        total = np.where(is_open[pending], totals[pending], cumulative[:, -1])
+        before = np.zeros_like(mass)
+        before[:, 1:] = cumulative[:, :-1]
+        in_nucleus = (before < (top_p[pending] * total)[:, None]) & (found.values > -np.inf)
+        in_nucleus[:, 0] = True
+        size = in_nucleus.sum(1)
+        short = is_open[pending] & (size >= counts[pending]) & (counts[pending] < vocab)
+        kept = (in_nucleus & (mass >= drawing.min_p[rows[pending], None])).sum(1)
+        each = np.arange(len(pending))
+        limit = cumulative[each, kept - 1]
+        target = _below(drawing.uniform[rows[pending]] * limit, limit)
+        place = (cumulative <= target[:, None]).sum(1)
+        tokens[rows[pending]] = found.ids[each, place]
+        pending = pending[short]
+        counts[pending] *= 16
+
+
+def _below(target: Doubles, limit: Doubles) -> Doubles:
+    """Return `target`, but strictly below `limit` where rounding reached it."""
+    return np.minimum(target, np.nextafter(limit, 0.0))
