@@ -7,8 +7,8 @@ pair and the router alone adds (`Combine.SLOTS`, the default). `Combine.PARTIAL`
 its own pairs first: fewer bytes when a token meets one group several times, but the bits then
 depend on the placement. Figures: tests/benchmarks/combine_modes.py.
 
-A dispatcher belongs to one thread and has one call in flight. It must not know sequences, blocks or
-the trunk.
+A dispatcher belongs to one thread, has one call in flight and works in host memory. It must not
+know sequences, blocks or the trunk.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ class DispatchHandle:
     call: PackedCall
     called: list[int]
     """Group indices that were sent a frame."""
-    device: torch.device
 
 
 class ExpertDispatcher:
@@ -162,9 +161,6 @@ class ExpertDispatcher:
         """
         if self._in_flight:
             self._reset()
-        device = rows.device
-        if device.type != "cpu":
-            rows, topk_ids, topk_weights = rows.cpu(), topk_ids.cpu(), topk_weights.cpu()
         capacity = self.options.frame_capacity(rows.shape[0])
         for frame in self._frames:
             frame.reserve(capacity)
@@ -194,7 +190,7 @@ class ExpertDispatcher:
         except GroupLostError:
             self._reset()
             raise
-        return DispatchHandle(call, called, device)
+        return DispatchHandle(call, called)
 
     def _frame_bytes(self, num_rows: int, num_pairs: int) -> int:
         return (
@@ -204,7 +200,7 @@ class ExpertDispatcher:
         )
 
     def combine(self, handle: DispatchHandle) -> Tensor:
-        """Wait for the answers and sum them: float32 `[T, hidden]` on the rows' device.
+        """Wait for the answers and sum them: float32 `[T, hidden]`.
 
         Raises:
             GroupLostError: A group went away, was silent, or answered garbage; its connection is
@@ -234,10 +230,8 @@ class ExpertDispatcher:
             self.dispatch_s += time.perf_counter() - started
         self._in_flight = False
         if options.combine == codec.Combine.SLOTS:
-            out = self._packing.sum_slots(call, self._results)
-        else:
-            out = self._sum_partial(call, handle.called)
-        return out if handle.device.type == "cpu" else out.to(handle.device)
+            return self._packing.sum_slots(call, self._results)
+        return self._sum_partial(call, handle.called)
 
     def _check_answer(self, call: PackedCall, group: int) -> None:
         """Raise what is wrong with a received answer; the common case costs one comparison."""

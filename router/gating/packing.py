@@ -158,7 +158,7 @@ class TorchPacking:
             if not len(mine):
                 continue
             pair_index[mine] = torch.arange(len(mine), dtype=torch.int32)
-            tokens, row_of_pair = token_of_pair[mine].unique(return_inverse=True)
+            tokens, row_of_pair = torch.unique(token_of_pair[mine], return_inverse=True)
             num_rows[group], num_pairs[group] = len(tokens), len(mine)
             parts = (
                 row_of_pair.to(torch.int32),

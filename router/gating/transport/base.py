@@ -27,7 +27,7 @@ class FrameBuffer:
         """Replace the storage by a fresh one of `capacity` bytes."""
         self.tensor = torch.empty(capacity, dtype=torch.uint8)
         self.address = self.tensor.data_ptr()
-        self.view = memoryview(self.tensor.numpy())
+        self.view = memoryview(self.tensor.numpy())  # type: ignore[arg-type]
 
     def reserve(self, capacity: int) -> bool:
         """Make room for `capacity` bytes; contents may be lost. True when the address changed."""
