@@ -1,0 +1,112 @@
+"""Thin Ray shells around plain classes: they pass calls on and hold no logic.
+
+Constructors are cheap, so that Ray knows at once whether a process runs; `prepare` imports what is
+slow, `load` reads weights. Calls carry ids, addresses and plans, never tensors. Heavy modules are
+imported inside the methods: `serve` imports this file and must stay light.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import ray
+
+from cluster.config import Config
+from cluster.logs import configure_logging
+from cluster.members import GroupMember, ProcessFacts, RouterStart
+
+if TYPE_CHECKING:
+    from cluster.group_process import GroupProcess
+    from cluster.router_process import RouterProcess
+
+CONCURRENT_CALLS = 4
+"""One call waits for the end of the process, one works, the others answer questions."""
+
+
+@ray.remote(max_concurrency=CONCURRENT_CALLS)
+class ExpertGroupActor:
+    """The process of one expert group."""
+
+    def __init__(self, group_id: str, config: Config) -> None:
+        configure_logging(group_id, verbose=config.cluster.verbose)
+        self._group_id = group_id
+        self._config = config
+        self._process: GroupProcess | None = None
+
+    def prepare(self) -> ProcessFacts:
+        """Import torch and deepspeed; say where this process runs."""
+        from cluster.group_process import GroupProcess
+
+        self._process = GroupProcess(self._group_id, self._config)
+        return self._process.facts(*_where())
+
+    def load(self, placement_json: str, dtype: str, threads: int, host: str) -> str:
+        """Load the experts that the placement gives this group; return the gRPC address."""
+        return self._running.load(placement_json, dtype, threads, host)
+
+    def wait(self) -> None:
+        """Return when the process was told to stop."""
+        self._running.stopped.wait()
+
+    def stop(self) -> None:
+        """Close the server and free the experts."""
+        if self._process is not None:
+            self._process.stop()
+
+    @property
+    def _running(self) -> GroupProcess:
+        assert self._process is not None  # the caller's order: prepare comes first
+        return self._process
+
+
+@ray.remote(max_concurrency=CONCURRENT_CALLS)
+class RouterActor:
+    """The process of one router."""
+
+    def __init__(self, router_id: str, config: Config) -> None:
+        configure_logging(router_id, verbose=config.cluster.verbose)
+        self._router_id = router_id
+        self._config = config
+        self._process: RouterProcess | None = None
+
+    def prepare(self) -> ProcessFacts:
+        """Import torch; say where this process runs."""
+        from cluster.router_process import RouterProcess
+
+        self._process = RouterProcess(self._router_id, self._config)
+        return self._process.facts(*_where())
+
+    def load(self, dtype: str, max_model_len: int, threads: int) -> int:
+        """Load the trunk; return its bytes."""
+        return self._running.load(dtype, max_model_len, threads)
+
+    def start(self, start: RouterStart) -> str:
+        """Connect to the expert groups and open the gRPC port; return its address."""
+        return self._running.start(start)
+
+    def join_group(self, members: list[GroupMember], routers: dict[str, str]) -> None:
+        """Learn who else serves, for status questions."""
+        self._running.set_members(members, routers)
+
+    def wait(self) -> None:
+        """Return when the process was told to stop; raise when its engine died."""
+        self._running.wait()
+
+    def drain(self, timeout_s: float) -> int:
+        """Take nothing new, finish what runs; return what is left after `timeout_s`."""
+        return self._running.drain(timeout_s)
+
+    def stop(self) -> None:
+        """Close the port, stop the engine, end what still runs."""
+        if self._process is not None:
+            self._process.stop()
+
+    @property
+    def _running(self) -> RouterProcess:
+        assert self._process is not None  # the caller's order: prepare comes first
+        return self._process
+
+
+def _where() -> tuple[str, str]:
+    """Return node id and address of this process."""
+    return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()

@@ -1,0 +1,69 @@
+"""The small records that `serve` and its processes exchange. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessFacts:
+    """Where a process runs."""
+
+    node_id: str
+    address: str
+    """The node's address, as other nodes reach it."""
+    pid: int
+    cores: int
+    """Cores that this process may use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupMember:
+    """One expert group of the service."""
+
+    group_id: str
+    grpc_address: str
+    node_id: str
+    pid: int
+    capacity: float
+    """Relative share of the experts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterStart:
+    """What a router needs besides its trunk."""
+
+    host: str
+    port: int
+    """0: a free one."""
+    model_name: str
+    placement_json: str | None
+    """None in a dense model."""
+    groups: tuple[GroupMember, ...]
+    num_routers_here: int
+    """Routers on this node; they share its memory."""
+
+    @property
+    def group_addresses(self) -> Mapping[str, str]:
+        """group_id -> gRPC address."""
+        return {member.group_id: member.grpc_address for member in self.groups}
+
+
+def threads_per_group(
+    configured: int | None, node_of_group: Mapping[str, str], cores: Mapping[str, int]
+) -> dict[str, int]:
+    """Return group_id -> threads: as configured, else the node's cores shared among its groups.
+
+    Args:
+        configured: `experts.threads`.
+        node_of_group: group_id -> node_id.
+        cores: node_id -> cores.
+    """
+    on_node: dict[str, int] = {}
+    for node in node_of_group.values():
+        on_node[node] = on_node.get(node, 0) + 1
+    return {
+        group: configured or max(1, cores[node] // on_node[node])
+        for group, node in node_of_group.items()
+    }

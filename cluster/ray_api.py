@@ -1,0 +1,420 @@
+"""The one seam to Ray: start or join a cluster, place, spawn, wait, kill.
+
+Everything above this file speaks of processes and nodes and can be tested without Ray. Ray's errors
+become ours here. Imports Ray late, because Ray reads its settings from the environment when it is
+imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from cluster.watchdog import kill_all, start_time
+from protos.errors import (
+    ConfigurationError,
+    DeadlineExceededError,
+    ExpertMeshError,
+    GroupLostError,
+    InternalError,
+    ResourceError,
+    UnreachableError,
+)
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
+
+log = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 80 << 20
+"""The smallest that Ray takes without a warning; no tensor ever travels through it."""
+GROUP_RESOURCE = "expert_group"
+"""Custom resource that nodes of a shared cluster advertise, 1 per group they may hold."""
+RECORD_INTERVAL_S = 0.25
+EXIT_TIMEOUT_S = 10.0
+"""How long Ray's processes get to end before they are killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of the Ray cluster."""
+
+    node_id: str
+    address: str
+    cpus: float
+    memory_bytes: float
+    resources: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Actor:
+    """A process that Ray runs for us."""
+
+    name: str
+    handle: ActorHandle[Any]
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Start a method; returns the reference that `RayCluster.gather` waits for."""
+        return getattr(self.handle, method).remote(*args, **kwargs)
+
+
+@dataclass(slots=True)
+class RayCluster:
+    """A Ray cluster we are connected to; `close` ends what we started, and no more."""
+
+    namespace: str
+    is_private: bool
+    folder: Path | None = None
+    """Sockets and logs of a private cluster."""
+    actors: list[Actor] = field(default_factory=list)
+    groups: list[PlacementGroup] = field(default_factory=list)
+    watchdog: subprocess.Popen[str] | None = None
+    processes: dict[int, str] = field(default_factory=dict)
+    """pid -> start time of the private cluster's processes."""
+
+    @classmethod
+    def start_private(cls, *, num_actors: int, namespace: str, verbose: bool) -> RayCluster:
+        """Start Ray on this machine for this process alone.
+
+        It dies with this process: in an orderly way through `close`, else through the kernel and
+        the watchdog. Its ports take only callers that know the token drawn here.
+
+        Args:
+            num_actors: Actors to come; Ray counts one CPU each, whatever the machine has.
+            namespace: Ray namespace of the actors.
+            verbose: Show Ray's own log, too.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="expertmesh-"))
+        cluster = cls(namespace=namespace, is_private=True, folder=folder)
+        cluster.watchdog = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("watchdog.py")), str(folder)],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        os.environ.pop("RAY_ADDRESS", None)
+        os.environ.update(
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN=secrets.token_hex(32),
+            RAY_USAGE_STATS_ENABLED="0",
+            RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+            RAY_SCHEDULER_EVENTS="0",
+        )
+        import ray
+
+        is_up = threading.Event()
+        recorder = threading.Thread(target=cluster._record_until, args=(is_up,), daemon=True)
+        recorder.start()
+        try:
+            ray.init(
+                address="local",
+                namespace=namespace,
+                num_cpus=num_actors,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                log_to_driver=True,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+            )
+        except BaseException:
+            is_up.set()
+            recorder.join()
+            cluster.close()
+            raise
+        is_up.set()
+        recorder.join()
+        cluster.record_processes()
+        return cluster
+
+    @classmethod
+    def join(cls, address: str, *, namespace: str, verbose: bool) -> RayCluster:
+        """Connect to a running cluster.
+
+        Raises:
+            UnreachableError: Nothing answers at `address`.
+            ConfigurationError: This machine is not one of the cluster's nodes.
+        """
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if address != "auto":
+            _check_reachable(address)
+        import ray
+
+        try:
+            ray.init(
+                address=address,
+                namespace=namespace,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                log_to_driver=True,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UnreachableError(f"Ray cluster {address}: {error}") from error
+        return cls(namespace=namespace, is_private=False)
+
+    def nodes(self) -> list[Node]:
+        """Return the nodes that are alive."""
+        import ray
+
+        return [
+            Node(
+                node_id=node["NodeID"],
+                address=node["NodeManagerAddress"],
+                cpus=node["Resources"].get("CPU", 0.0),
+                memory_bytes=node["Resources"].get("memory", 0.0),
+                resources=node["Resources"],
+            )
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+
+    def own_node_id(self) -> str:
+        """Return the node that this process runs on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def missing(self, bundles: Sequence[Mapping[str, float]]) -> str:
+        """Return what the cluster's nodes lack for these bundles, in words; empty: nothing."""
+        lacking = []
+        nodes = self.nodes()
+        for name in sorted({name for bundle in bundles for name in bundle}):
+            need = sum(bundle.get(name, 0.0) for bundle in bundles)
+            have = sum(node.resources.get(name, 0.0) for node in nodes)
+            if need > have:
+                lacking.append(f"{need - have:g} {name} (need {need:g}, have {have:g})")
+        return ", ".join(lacking)
+
+    def reserve(self, bundles: Sequence[Mapping[str, float]], timeout_s: float) -> PlacementGroup:
+        """Reserve one bundle per actor, spread over the nodes as far as they reach.
+
+        Raises:
+            ResourceError: Not granted within `timeout_s`; says what is asked for and what exists.
+        """
+        from ray.util.placement_group import placement_group
+
+        group = placement_group([dict(bundle) for bundle in bundles], strategy="SPREAD")
+        self.groups.append(group)
+        if not group.wait(timeout_seconds=timeout_s):
+            raise ResourceError(
+                what="nodes in the Ray cluster",
+                need=_sum_resources(bundles),
+                have=_sum_resources([node.resources for node in self.nodes()], only=bundles)
+                + f" in all on {len(self.nodes())} nodes, part of it in use",
+                hint="add nodes, or lower --expert-groups or --routers",
+            )
+        return group
+
+    def spawn(
+        self,
+        actor_class: Any,
+        name: str,
+        *args: Any,
+        bundle: tuple[PlacementGroup, int] | None = None,
+        node_id: str | None = None,
+    ) -> Actor:
+        """Create a named actor that ends with this process; returns before it runs.
+
+        Args:
+            actor_class: A Ray actor class of `cluster.actors`.
+            name: Unique in the namespace.
+            *args: For the constructor.
+            bundle: Placement group and index; or
+            node_id: The node to run on, outside any reservation.
+
+        Raises:
+            ConfigurationError: The name is taken: another service has this namespace.
+        """
+        from ray.util.scheduling_strategies import (
+            NodeAffinitySchedulingStrategy,
+            PlacementGroupSchedulingStrategy,
+        )
+
+        strategy: Any
+        if bundle is not None:
+            strategy = PlacementGroupSchedulingStrategy(bundle[0], bundle[1])
+        else:
+            strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        try:
+            handle = actor_class.options(
+                name=name,
+                num_cpus=1 if bundle is not None else 0,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=strategy,
+            ).remote(*args)
+        except ValueError as error:
+            raise ConfigurationError(
+                "cluster.namespace",
+                f"is in use: it already has an actor {name} ({error})",
+                self.namespace,
+                hint="stop that service, or set EXPERTMESH_CLUSTER__NAMESPACE",
+            ) from error
+        actor = Actor(name, handle)
+        self.actors.append(actor)
+        return actor
+
+    def gather(
+        self,
+        references: Mapping[str, Any],
+        timeout_s: float,
+        what: str,
+        on_done: Callable[[str, Any], None] | None = None,
+    ) -> dict[str, Any]:
+        """Wait for all of these calls; the first failure ends the wait.
+
+        Args:
+            references: Name -> what `Actor.call` returned.
+            timeout_s: Bound on the whole.
+            what: Words for the error, e.g. `load the experts`.
+            on_done: Called with name and result, in the order of completion.
+
+        Raises:
+            ExpertMeshError: What the call raised.
+            GroupLostError: The process died.
+            DeadlineExceededError: Some did not finish in time.
+        """
+        import ray
+
+        pending = {reference: name for name, reference in references.items()}
+        results = {}
+        deadline = time.monotonic() + timeout_s
+        while pending:
+            left = deadline - time.monotonic()
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, left))
+            if not done:
+                raise DeadlineExceededError(f"{what} ({', '.join(pending.values())})", timeout_s)
+            name = pending.pop(done[0])
+            results[name] = self.result(name, done[0])
+            if on_done is not None:
+                on_done(name, results[name])
+        return results
+
+    def result(self, name: str, reference: Any) -> Any:
+        """Return a finished call's value, or raise its error as ours."""
+        import ray
+
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ExpertMeshError):
+                raise error.cause from error
+            raise InternalError(f"{name}: {error}") from error
+        except ray.exceptions.RayActorError as error:
+            raise GroupLostError(name, f"its process ended: {_first_line(str(error))}") from error
+
+    def settle(self, references: Mapping[str, Any], timeout_s: float) -> None:
+        """Wait until these calls ended, well or not, but no longer than `timeout_s`."""
+        import ray
+
+        if references:
+            ray.wait(list(references.values()), num_returns=len(references), timeout=timeout_s)
+
+    def first_finished(self, references: Mapping[str, Any], timeout_s: float) -> str | None:
+        """Return the name of a call that finished or failed, or None after `timeout_s`."""
+        import ray
+
+        names = {reference: name for name, reference in references.items()}
+        done, _ = ray.wait(list(names), num_returns=1, timeout=timeout_s)
+        return names[done[0]] if done else None
+
+    def record_processes(self) -> None:
+        """Note the private cluster's processes, for the watchdog and for `close`."""
+        if not self.is_private or self.watchdog is None or self.watchdog.stdin is None:
+            return
+        for process in psutil.Process().children(recursive=True):
+            started = start_time(process.pid)
+            if process.pid == self.watchdog.pid or started is None:
+                continue
+            if self.processes.get(process.pid) != started:
+                self.processes[process.pid] = started
+                with contextlib.suppress(BrokenPipeError):
+                    self.watchdog.stdin.write(f"{process.pid} {started}\n")
+                    self.watchdog.stdin.flush()
+
+    def _record_until(self, is_up: threading.Event) -> None:
+        """Record processes while Ray starts: `serve` may be killed at any moment."""
+        while not is_up.wait(RECORD_INTERVAL_S):
+            self.record_processes()
+
+    def close(self) -> None:
+        """End our actors and reservations; a private cluster ends whole. Never raises."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        self.record_processes()
+        if ray.is_initialized():
+            for actor in self.actors:
+                with contextlib.suppress(Exception):
+                    ray.kill(actor.handle)
+            for group in self.groups:
+                with contextlib.suppress(Exception):
+                    remove_placement_group(group)
+            ray.shutdown()
+        if not self.is_private:
+            return
+        deadline = time.monotonic() + EXIT_TIMEOUT_S
+        for pid, started in self.processes.items():
+            if start_time(pid) == started:
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+                    psutil.Process(pid).wait(max(0.0, deadline - time.monotonic()))
+        killed = kill_all(self.processes)
+        if killed:
+            log.warning("ray_processes_killed pids=%s", killed)
+        if self.watchdog is not None:
+            if self.watchdog.stdin is not None:
+                self.watchdog.stdin.close()
+            self.watchdog.wait(EXIT_TIMEOUT_S)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _check_reachable(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            pass
+    except ValueError:
+        raise ConfigurationError(
+            "cluster.ray_address", "must be host:port or auto", address
+        ) from None
+    except OSError as error:
+        raise UnreachableError(f"Ray cluster {address}: {error}") from error
+    if not any("raylet" in (process.info["name"] or "") for process in _all_processes()):
+        raise ConfigurationError(
+            "cluster.ray_address",
+            "needs a Ray node on this machine, and none runs here",
+            address,
+            hint=f"run `ray start --address={address}` first, or run serve on a node",
+        )
+
+
+def _all_processes() -> list[psutil.Process]:
+    return list(psutil.process_iter(["name"]))
+
+
+def _sum_resources(
+    bundles: Sequence[Mapping[str, float]], only: Sequence[Mapping[str, float]] | None = None
+) -> str:
+    names = sorted({name for bundle in (only if only is not None else bundles) for name in bundle})
+    return ", ".join(f"{sum(b.get(name, 0.0) for b in bundles):g} {name}" for name in names)
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -1,0 +1,227 @@
+"""`ClusterService`: what runs where, draining, and what the planner would do.
+
+Every router answers for the whole service: it asks the expert groups and the other routers. A
+member that does not answer is listed with state LOST instead of failing the call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol, cast
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from cluster.members import GroupMember
+from experts.placement import Placement
+from experts.planner import balancedness, group_load, num_moves, plan_placement
+from protos.errors import InvalidFieldError, UnsupportedFeatureError
+from protos.v1 import cluster_pb2, cluster_pb2_grpc, experts_pb2, experts_pb2_grpc
+
+ASK_TIMEOUT_S = 2.0
+"""How long a member may take to say how it is."""
+DEFAULT_DRAIN_S = 45.0
+DEFAULT_INTERVAL_S = 1.0
+MIN_INTERVAL_S = 0.1
+LOST = "LOST"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class RouterView(Protocol):
+    """What the service asks of the router it runs in."""
+
+    router_id: str
+
+    def status(self) -> cluster_pb2.RouterStatus:
+        """Return this router's own figures."""
+        ...
+
+    def service_status(self) -> cluster_pb2.ClusterStatus:
+        """Return the fields that are the same everywhere; routers and groups empty."""
+        ...
+
+    def group_members(self) -> tuple[GroupMember, ...]:
+        """Return the expert groups."""
+        ...
+
+    def router_addresses(self) -> Mapping[str, str]:
+        """Return router_id -> gRPC address of every router, this one included."""
+        ...
+
+    def transport_of(self, group_id: str) -> str:
+        """Return how this router reaches the group: lane-unix, lane-tcp or grpc."""
+        ...
+
+    def placement(self) -> Placement | None:
+        """Return the placement in force; None in a dense model."""
+        ...
+
+    def load_counts(self) -> npt.NDArray[np.int64]:
+        """Return `[num_layers, num_experts]` pairs that this router has dispatched."""
+        ...
+
+    def expert_bytes(self) -> int:
+        """Return the bytes of one expert."""
+        ...
+
+    async def drain_and_leave(self, timeout_s: float) -> int:
+        """Take nothing new, finish what runs, then end the process; return what was left."""
+        ...
+
+
+class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
+    """The gRPC side; registered in the router's own server, which maps errors to statuses."""
+
+    def __init__(self, router: RouterView) -> None:
+        self._router = router
+
+    async def GetStatus(
+        self, request: cluster_pb2.GetStatusRequest, context: Context
+    ) -> cluster_pb2.ClusterStatus:
+        """Answer with the status of every member."""
+        return await self._status(local_only=request.local_only)
+
+    async def WatchStatus(
+        self, request: cluster_pb2.WatchStatusRequest, context: Context
+    ) -> AsyncIterator[cluster_pb2.ClusterStatus]:
+        """Answer with a status now and every `interval_s`, until the client leaves."""
+        interval_s = request.interval_s or DEFAULT_INTERVAL_S
+        if not interval_s >= MIN_INTERVAL_S:
+            raise InvalidFieldError("interval_s", f"must be {MIN_INTERVAL_S} or more", interval_s)
+        while True:
+            yield await self._status(local_only=False)
+            await asyncio.sleep(interval_s)
+
+    async def Drain(
+        self, request: cluster_pb2.DrainRequest, context: Context
+    ) -> cluster_pb2.DrainResponse:
+        """Drain this router, or pass the call on to the one that is named."""
+        timeout_s = request.timeout_s or DEFAULT_DRAIN_S
+        if not timeout_s > 0:
+            raise InvalidFieldError("timeout_s", "must be above 0", timeout_s)
+        routers = self._router.router_addresses()
+        target = request.target or self._router.router_id
+        if target == self._router.router_id:
+            return cluster_pb2.DrainResponse(
+                requests_left=await self._router.drain_and_leave(timeout_s)
+            )
+        if target in routers:
+            async with grpc.aio.insecure_channel(routers[target]) as channel:
+                stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+                answer = await stub.Drain(request, timeout=timeout_s + ASK_TIMEOUT_S)
+                return cast(cluster_pb2.DrainResponse, answer)
+        groups = [member.group_id for member in self._router.group_members()]
+        if target in groups:
+            raise UnsupportedFeatureError("draining an expert group")
+        known = ", ".join([*routers, *groups])
+        raise InvalidFieldError("target", f"must be one of {known}", target)
+
+    async def Scale(
+        self, request: cluster_pb2.ScaleRequest, context: Context
+    ) -> cluster_pb2.ScaleResponse:
+        """Refuse: the number of members is fixed at the start."""
+        raise UnsupportedFeatureError(
+            "changing the number of groups or routers of a running service"
+        )
+
+    async def PlanPlacement(
+        self, request: cluster_pb2.PlanPlacementRequest, context: Context
+    ) -> cluster_pb2.PlanPlacementResponse:
+        """Run the planner on these capacities and the load so far; changes nothing."""
+        before = self._router.placement()
+        if before is None:
+            raise UnsupportedFeatureError("a placement: the model is dense and has no experts")
+        capacities = {group.group_id: group.capacity for group in request.groups} or {
+            member.group_id: member.capacity for member in self._router.group_members()
+        }
+        if len(capacities) < len(request.groups):
+            raise InvalidFieldError("groups", "must not name a group twice", len(request.groups))
+        load = self._router.load_counts()
+        after = plan_placement(
+            before.num_layers, before.num_experts, capacities, load, before.epoch + 1
+        )
+        shares = group_load(after, load).sum(axis=0)
+        total = float(shares.sum()) or 1.0
+        held = {
+            group: sum(len(ids) for ids in after.experts_of(group).values())
+            for group in after.groups
+        }
+        return cluster_pb2.PlanPlacementResponse(
+            groups=[
+                cluster_pb2.GroupPlan(
+                    group_id=group,
+                    num_experts=held[group],
+                    bytes=held[group] * self._router.expert_bytes(),
+                    expected_load=float(share) / total,
+                )
+                for group, share in zip(after.groups, shares, strict=True)
+            ],
+            balancedness=balancedness(after, load, capacities),
+            num_moves=num_moves(before, after),
+        )
+
+    async def ApplyPlacement(
+        self, request: cluster_pb2.ApplyPlacementRequest, context: Context
+    ) -> cluster_pb2.ApplyPlacementResponse:
+        """Refuse: experts stay where they were placed at the start."""
+        raise UnsupportedFeatureError("changing the placement of a running service")
+
+    async def _status(self, *, local_only: bool) -> cluster_pb2.ClusterStatus:
+        status = self._router.service_status()
+        own = self._router.status()
+        if local_only:
+            status.routers.append(own)
+            return status
+        others = {
+            router_id: address
+            for router_id, address in self._router.router_addresses().items()
+            if router_id != own.router_id
+        }
+        routers, groups = await asyncio.gather(
+            asyncio.gather(*(_ask_router(name, address) for name, address in others.items())),
+            asyncio.gather(*(self._ask_group(m) for m in self._router.group_members())),
+        )
+        status.routers.extend(sorted([own, *routers], key=lambda router: router.router_id))
+        status.groups.extend(groups)
+        return status
+
+    async def _ask_group(self, member: GroupMember) -> cluster_pb2.GroupStatus:
+        status = cluster_pb2.GroupStatus(
+            group_id=member.group_id,
+            state=LOST,
+            grpc_address=member.grpc_address,
+            transport=self._router.transport_of(member.group_id),
+            node_id=member.node_id,
+            pid=member.pid,
+        )
+        try:
+            async with grpc.aio.insecure_channel(member.grpc_address) as channel:
+                state = await experts_pb2_grpc.ExpertServiceStub(channel).GetState(
+                    experts_pb2.GetStateRequest(), timeout=ASK_TIMEOUT_S
+                )
+        except grpc.RpcError:
+            return status
+        status.state = state.state
+        status.compute = state.compute
+        status.num_threads = state.num_threads
+        status.num_experts = sum(len(layer.expert_ids) for layer in state.layers)
+        status.resident_bytes = state.resident_bytes
+        status.num_calls = state.num_calls
+        status.num_rows = state.num_rows
+        status.num_pairs = state.num_pairs
+        status.busy_s = state.busy_s
+        return status
+
+
+async def _ask_router(router_id: str, address: str) -> cluster_pb2.RouterStatus:
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            answer = await cluster_pb2_grpc.ClusterServiceStub(channel).GetStatus(
+                cluster_pb2.GetStatusRequest(local_only=True), timeout=ASK_TIMEOUT_S
+            )
+            return cast(cluster_pb2.RouterStatus, answer.routers[0])
+    except grpc.RpcError:
+        return cluster_pb2.RouterStatus(router_id=router_id, state=LOST, grpc_address=address)
