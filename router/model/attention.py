@@ -22,7 +22,7 @@ def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
     """
     half = cos_sin.shape[1] // 2
     cos, sin = torch.split(cos_sin.unsqueeze(1), half, dim=-1)
-    first, second, rest = torch.split(x, (half, half, x.shape[-1] - 2 * half), dim=-1)
+    first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 

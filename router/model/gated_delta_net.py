@@ -136,7 +136,7 @@ def chunked_delta_rule(
     system = (k_beta @ k.mT) * between
     right = torch.cat((v * beta.unsqueeze(-1), k_beta * from_start), dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    values, keys_of_past = torch.split(solved, (v.shape[-1], k.shape[-1]), dim=-1)
+    values, keys_of_past = torch.split(solved, [v.shape[-1], k.shape[-1]], dim=-1)
     attention = (q @ k.mT) * between
     q = q * from_start
     k = k * to_end

@@ -29,10 +29,10 @@ class MemoryEstimate:
 
 
 def estimate_memory(config: ModelConfig, dtype: torch.dtype) -> MemoryEstimate:
-    """Return what the weights take with matrices in `dtype` (vectors are float32)."""
+    """Return what the weights take with matrices in `dtype` (gates and vectors are float32)."""
     trunk = sum(
-        prod(shape) * (dtype.itemsize if len(shape) == 2 else 4)
-        for _, shape in trunk_tensors(config)
+        prod(shape) * (4 if len(shape) != 2 or name.endswith("mlp.gate.weight") else dtype.itemsize)
+        for name, shape in trunk_tensors(config)
     )
     if config.tie_word_embeddings:
         trunk += config.vocab_size * config.hidden_size * dtype.itemsize

@@ -21,6 +21,7 @@ DeltaNet, dk/dv their sizes, C = 2*Hk*dk + Hv*dv conv channels, E experts, K top
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -132,8 +133,8 @@ class Ops(Protocol):
     device: torch.device
 
     def prepare_linear(self, weight: Tensor) -> LinearWeight:
-        """Pack a weight `[N, K]` (model dtype). The ops keeps what it needs; the caller drops
-        `weight`."""
+        """Pack a weight `[N, K]`: model dtype, or float32 (the gate), which is then also the
+        precision of the product. The ops keeps what it needs; the caller drops `weight`."""
         ...
 
     def begin_step(self, batch: Batch) -> Any:
@@ -246,7 +247,8 @@ def choose_ops(dtype: torch.dtype, device: torch.device, name: str = "auto") -> 
     if name not in ("auto", "torch", "native"):
         raise ConfigurationError("ops", "must be auto, torch or native", name)
     # The two are imported here: both import this file, and nobody loads the one that is not chosen.
-    if name != "torch" and device.type == "cpu":
+    native_is_here = importlib.util.find_spec("router.model.native_ops") is not None
+    if name != "torch" and device.type == "cpu" and native_is_here:
         from experts.native.kernels import load_kernels
 
         kernels = load_kernels()

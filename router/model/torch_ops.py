@@ -170,7 +170,7 @@ class TorchOps:
 
     def prepare_linear(self, weight: Tensor) -> TorchLinear:
         """Keep the weight as it is."""
-        return TorchLinear(weight.to(self.device, self.activation_dtype).contiguous())
+        return TorchLinear(weight.to(self.device).contiguous())
 
     def begin_step(self, batch: Batch) -> TorchStep:
         """Sort the sequences into decode and prefill and index their tokens."""
@@ -223,20 +223,21 @@ class TorchOps:
 
     def linear(self, x: Tensor, weight: TorchLinear) -> Tensor:
         """See `Ops.linear`."""
-        return F.linear(x, weight.weight)
+        matrix = weight.weight
+        return F.linear(x if x.dtype == matrix.dtype else x.to(matrix.dtype), matrix)
 
     def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        """See `Ops.embed`."""
-        return F.embedding(token_ids, weight)
+        """See `Ops.embed`; float32, because the residual is a sum of many small terms."""
+        return F.embedding(token_ids, weight).float()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
-        return norm.rms_norm(x, weight, eps)
+        return norm.rms_norm(x, weight, eps).to(self.activation_dtype)
 
     def add_rms_norm(self, residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Ops.add_rms_norm`."""
         residual += delta
-        return norm.rms_norm(residual, weight, eps)
+        return norm.rms_norm(residual, weight, eps).to(self.activation_dtype)
 
     def gated_delta_net(
         self, mixed: Tensor, params: GdnParams, state: GdnState, step: TorchStep
@@ -248,10 +249,10 @@ class TorchOps:
         if step.fresh_slots is not None:
             state.conv.index_fill_(0, step.fresh_slots, 0)
             state.recurrent.index_fill_(0, step.fresh_slots, 0)
-        qkv, z, b, a = torch.split(mixed, (2 * key_dim + value_dim, value_dim, heads, heads), dim=1)
+        qkv, z, b, a = torch.split(mixed, [2 * key_dim + value_dim, value_dim, heads, heads], dim=1)
         rows = step.rows_of_conv(params.conv_kernel)
         qkv = gated_delta_net.causal_conv(qkv, state.conv, params.conv_weight, step.slots, *rows)
-        q, k, v = torch.split(qkv, (key_dim, key_dim, value_dim), dim=1)
+        q, k, v = torch.split(qkv, [key_dim, key_dim, value_dim], dim=1)
         shape = (-1, params.num_key_heads, params.key_head_dim)
         q = gated_delta_net.l2_normalize(q.reshape(shape), L2_EPS) * params.key_head_dim**-0.5
         k = gated_delta_net.l2_normalize(k.reshape(shape), L2_EPS)
@@ -321,7 +322,7 @@ class TorchOps:
     ) -> Tensor:
         """See `Ops.attention`."""
         heads, kv_heads, size = params.num_heads, params.num_kv_heads, params.head_dim
-        q_gate, k, v = torch.split(qkv, (2 * heads * size, kv_heads * size, kv_heads * size), dim=1)
+        q_gate, k, v = torch.split(qkv, [2 * heads * size, kv_heads * size, kv_heads * size], dim=1)
         q, gate = torch.split(q_gate.reshape(-1, heads, 2 * size), size, dim=-1)
         q = norm.rms_norm(q.float(), params.q_norm, params.eps)
         k = norm.rms_norm(k.reshape(-1, kv_heads, size).float(), params.k_norm, params.eps)
@@ -390,7 +391,7 @@ class TorchOps:
     def add_shared(self, routed: Tensor, shared: Tensor, gate: Tensor) -> Tensor:
         """See `Ops.add_shared`."""
         weight = torch.sigmoid(gate[:, -1:].float())
-        return torch.addcmul(routed, weight, shared.float()).to(self.activation_dtype)
+        return torch.addcmul(routed, weight, shared.float())
 
 
 def _optional(module: str) -> Any | None:

@@ -57,7 +57,9 @@ class MoeWeights:
     """A mixture-of-experts layer without its routed experts."""
 
     gate: LinearWeight
-    """`[E, D]`, apart from the rest so that dispatch starts before the shared expert."""
+    """`[E, D]`, apart from the rest so that dispatch starts before the shared expert, and float32:
+    rounded logits would choose other experts where two are close, and that is what shows in bf16.
+    """
     shared_in: LinearWeight
     """`[2F + 1, D]`: the shared expert's gate and up projection, then its scalar gate."""
     shared_out: LinearWeight
@@ -196,12 +198,11 @@ class _TrunkReader:
             final_norm=self._vector("norm.weight"),
         )
 
-    def _matrix(self, name: str) -> Tensor:
-        return self._source.get(name, shape=self._shapes[name], dtype=self._dtype)
+    def _matrix(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self._source.get(name, shape=self._shapes[name], dtype=dtype or self._dtype)
 
     def _vector(self, name: str) -> Tensor:
-        tensor = self._source.get(name, shape=self._shapes[name], dtype=torch.float32)
-        return tensor.to(self._ops.device)
+        return self._matrix(name, torch.float32).to(self._ops.device)
 
     def _linear(self, prefix: str, *names: str) -> LinearWeight:
         """Read projections of one input and pack them as one, below each other."""
@@ -258,7 +259,7 @@ class _TrunkReader:
         mlp = layer + "mlp."
         shared = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert_gate")
         return MoeWeights(
-            gate=self._linear(mlp, "gate"),
+            gate=self._ops.prepare_linear(self._matrix(mlp + "gate.weight", torch.float32)),
             shared_in=self._linear(mlp, *shared),
             shared_out=self._linear(mlp, "shared_expert.down_proj"),
         )
