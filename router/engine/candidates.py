@@ -17,9 +17,10 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-SLICE_WIDTH = 64
-"""A row is cut into `vocab // 64` interleaved slices; the k-th largest slice maximum bounds the
-k-th largest value from below, so only slices that reach it are looked at."""
+SLICE_WIDTHS = (64, 16, 4)
+"""A row is cut into `vocab // width` interleaved slices; the k-th largest slice maximum bounds the
+k-th largest value from below, so only slices that reach it are looked at. The widest that leaves
+at least 4 slices per wanted candidate is taken; the answer does not depend on it."""
 
 SUM_WIDTH = 512
 """Masses are summed over stretches of 512 tokens in float32, then over stretches in float64."""
@@ -50,12 +51,13 @@ def top_candidates(values: Floats, counts: Ints) -> Candidates:
     """
     num_rows, vocab = values.shape
     counts = np.minimum(counts, vocab)
-    num_slices = vocab // SLICE_WIDTH
     widest = int(counts.max())
-    if widest * 4 >= num_slices:
+    width = next((width for width in SLICE_WIDTHS if vocab // width >= 4 * widest), 0)
+    if not width:
         return _sorted_candidates(values, counts, widest)
-    whole = num_slices * SLICE_WIDTH
-    slices = values[:, :whole].reshape(num_rows, SLICE_WIDTH, num_slices)
+    num_slices = vocab // width
+    whole = num_slices * width
+    slices = values[:, :whole].reshape(num_rows, width, num_slices)
     maxima = slices.max(1)
     ranks = num_slices - counts
     bounds = np.partition(maxima, np.unique(ranks), axis=1)[np.arange(num_rows), ranks]

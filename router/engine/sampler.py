@@ -90,7 +90,8 @@ class SamplerState:
             self._note_plain()
         if self._penalises:
             self._count_prompt()
-            self._seen_counts[self._column_of(token_id)] += 1
+            column = self._column_of(token_id)
+            self._seen_counts[column] += 1
 
     def uniform(self) -> float:
         """Return the random number of the next position, in [0, 1)."""
@@ -131,6 +132,7 @@ class SamplerState:
         self._prompt = None
 
     def _column_of(self, token_id: int) -> int:
+        """Return the token's place in the seen columns, which may grow."""
         column = self._column.setdefault(token_id, len(self._column))
         if column >= len(self._seen_ids):
             spare = max(64, len(self._seen_ids))
