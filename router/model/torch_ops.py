@@ -70,10 +70,14 @@ class _Group:
     """int64 `[n]`: where these rows stand in `[N * max_len]`."""
     max_len: int
     max_context_len: int
+    is_whole_batch: bool
+    """Every token of the batch is in this group, and no padding is needed."""
 
     def pad(self, x: Tensor) -> Tensor:
         """Move the group's rows of `[T, ...]` to `[N, max_len, ...]`, zeros between."""
         count = self.sequences.shape[0]
+        if self.is_whole_batch:
+            return x.view(count, self.max_len, *x.shape[1:])
         rows = x.index_select(0, self.tokens)
         if rows.shape[0] == count * self.max_len:
             return rows.view(count, self.max_len, *x.shape[1:])
@@ -83,7 +87,18 @@ class _Group:
 
     def unpad(self, x: Tensor) -> Tensor:
         """Take the group's rows out of `[N, max_len, ...]`."""
-        return x.reshape(-1, *x.shape[2:]).index_select(0, self.padded)
+        rows = x.reshape(-1, *x.shape[2:])
+        return rows if self.is_whole_batch else rows.index_select(0, self.padded)
+
+
+def _merge(groups: list[_Group], parts: list[Tensor], num_tokens: int) -> Tensor:
+    """Bring the groups' rows back into the batch's order, `[T, ...]`."""
+    if groups[0].is_whole_batch:
+        return parts[0]
+    out = parts[0].new_empty(num_tokens, *parts[0].shape[1:])
+    for group, rows in zip(groups, parts, strict=True):
+        out.index_copy_(0, group.tokens, rows)
+    return out
 
 
 @dataclass(slots=True)
@@ -216,6 +231,7 @@ class TorchOps:
             padded=self._index(padded),
             max_len=max_len,
             max_context_len=max(context[s] + lengths[s] for s in members),
+            is_whole_batch=len(members) * max_len == len(tokens) == start[-1],
         )
 
     def _index(self, values: list[int]) -> Tensor:
@@ -264,13 +280,20 @@ class TorchOps:
         out = self._delta_rule(q, k, v, g, b.float().sigmoid(), state.recurrent, step)
         z = z.reshape(-1, heads, dv)
         out = norm.gated_rms_norm(out, z, params.norm_weight, params.eps)
-        return out.to(mixed.dtype).view(-1, value_dim)
+        return out.to(mixed.dtype).reshape(-1, value_dim)
 
     def _delta_rule(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor, step: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        memory: Tensor,
+        step: TorchStep,
     ) -> Tensor:
         """Apply the delta rule to `[T, H, d]`, one call per group of sequences; update `memory`."""
-        out = torch.empty_like(v)
+        parts = []
         for group in step.groups:
             before = memory.index_select(0, group.slots)
             inputs = [group.pad(x) for x in (q, k, v, g, beta)]
@@ -285,8 +308,8 @@ class TorchOps:
                 found, after = gated_delta_net.chunked_delta_rule(qs, ks, vs, gs, betas, before)
                 found = found.transpose(1, 2)
             memory.index_copy_(0, group.slots, after)
-            out.index_copy_(0, group.tokens, group.unpad(found))
-        return out
+            parts.append(group.unpad(found))
+        return _merge(step.groups, parts, v.shape[0])
 
     def _fla_delta_rule(
         self, group: _Group, inputs: list[Tensor], before: Tensor
@@ -331,7 +354,7 @@ class TorchOps:
         new_slots = step.slots_of_new_keys(kv.block_size)
         kv.k.index_copy_(0, new_slots, k)
         kv.v.index_copy_(0, new_slots, v.reshape(-1, kv_heads, size).to(kv.v.dtype))
-        out = torch.empty_like(q)
+        parts = []
         for index, group in enumerate(step.groups):
             context = step.slots_of_context(group, index, kv.block_size)
             keys, values = kv.k[context], kv.v[context]
@@ -342,8 +365,9 @@ class TorchOps:
                 found = group.unpad(
                     attention.attend(group.pad(q), keys, values, positions, params.scale)
                 )
-            out.index_copy_(0, group.tokens, found)
-        return (out * torch.sigmoid(gate)).to(qkv.dtype).view(-1, heads * size)
+            parts.append(found)
+        out = _merge(step.groups, parts, q.shape[0])
+        return (out * torch.sigmoid(gate)).to(qkv.dtype).reshape(-1, heads * size)
 
     def _flash_attend(
         self,
