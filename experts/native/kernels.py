@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from experts.native import build
+from experts.native.signatures import SIGNATURES
 
 log = logging.getLogger(__name__)
 
@@ -32,44 +32,19 @@ FLOAT32 = 1
 BFLOAT16 = 2
 SLOTS = 1
 PARTIAL = 2
-_DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _ISA_CPU_FLAGS = {
     "avx512bf16": {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
     "avx2": {"avx2", "fma"},
 }
 
 _SHORT_CALL_WORK = 20_000_000
-"""Multiply-adds (some 100 us) below which a call keeps the interpreter lock: giving it up in a
-decode step can cost a wait of up to 5 ms for another Python thread."""
-
-_INT, _LONG, _PTR = c_int, c_int64, c_void_p
-SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "em_set_threads": (None, [_INT]),
-    "em_threads": (_INT, []),
-    "em_set_spin_us": (None, [_INT]),
-    "em_park": (None, []),
-    "em_alloc": (_PTR, [_LONG]),
-    "em_free": (None, [_PTR, _LONG]),
-    "em_packed_bytes": (_LONG, [_LONG, _LONG, _INT]),
-    "em_pack": (None, [_PTR, _INT, _PTR, _INT, _LONG, _LONG, _LONG]),
-    "em_linear": (
-        None,
-        [_PTR, _INT, _LONG, _LONG, _PTR, _INT, _LONG, _LONG, _PTR, _INT, _LONG],
-    ),
-    "em_slot_bytes": (_LONG, [_INT, _LONG, _LONG]),
-    "em_fill_slot": (None, [_PTR, _INT, _LONG, _LONG, _LONG, _PTR, _PTR, _INT]),
-    "em_experts": (
-        _INT,
-        [
-            *(_PTR, _INT, _LONG, _LONG, _LONG, _PTR, _INT, _LONG, _LONG),
-            *(_PTR, _PTR, _PTR, _LONG, _INT, _PTR, _INT),
-        ],
-    ),
-}
+"""Multiply-adds (some 100 us) below which a call is short."""
 
 
-class _Library:
-    """The functions of one shared object, with their argument types set once."""
+class Library:
+    """The functions of one shared object (`em_linear` is `linear`), their argument types set
+    once."""
 
     def __init__(self, cdll: ctypes.CDLL) -> None:
         for name, (result, arguments) in SIGNATURES.items():
@@ -88,7 +63,7 @@ class _Memory:
 
     __slots__ = ("__weakref__", "address", "num_bytes")
 
-    def __init__(self, library: _Library, num_bytes: int) -> None:
+    def __init__(self, library: Library, num_bytes: int) -> None:
         address = library.alloc(num_bytes)
         if not address:
             raise MemoryError(f"cannot allocate {num_bytes} bytes for packed weights")
@@ -139,29 +114,33 @@ class Kernels:
     def __init__(self, path: Path, isa: str) -> None:
         """Load the library at `path`, which must fit this CPU (see `load_kernels`)."""
         self.isa = isa
+        self.path = path
         self.library = ctypes.CDLL(str(path))
         """For users that declare functions of their own; calls give up the interpreter lock."""
-        self._long = _Library(self.library)
-        self._short = _Library(ctypes.PyDLL(str(path)))
+        self.long = Library(self.library)
+        """For calls that last: they give up the interpreter lock."""
+        self.short = Library(ctypes.PyDLL(str(path)))
+        """For calls of microseconds: they keep the interpreter lock, because taking it back can
+        cost a wait of up to 5 ms for another Python thread."""
 
     @property
     def num_threads(self) -> int:
         """Threads that work on a call, the caller among them."""
-        return int(self._short.threads())
+        return int(self.short.threads())
 
     def set_num_threads(self, n: int) -> None:
         """Set how many threads work on a call; the caller is the first of them."""
         if n < 1:
             raise ValueError(f"num_threads must be at least 1, got {n}")
-        self._short.set_threads(n)
+        self.short.set_threads(n)
 
     def set_spin_us(self, spin_us: int) -> None:
         """Set how long an idle helper spins before it sleeps (default 30 us)."""
-        self._short.set_spin_us(spin_us)
+        self.short.set_spin_us(spin_us)
 
     def park(self) -> None:
         """Send idle helpers to sleep at once: the caller is about to wait for someone else."""
-        self._short.park()
+        self.short.park()
 
     def pack_linear(self, weight: Tensor, dtype: torch.dtype | None = None) -> PackedLinear:
         """Pack a weight for `linear`; the original is not kept.
@@ -172,12 +151,12 @@ class Kernels:
         """
         n, k = weight.shape
         dtype = dtype or weight.dtype
-        code = _DTYPES[dtype]
+        code = DTYPES[dtype]
         if weight.stride(1) != 1 and k > 1:
             weight = weight.contiguous()
-        memory = _Memory(self._long, self._long.packed_bytes(n, k, code))
-        self._long.pack(
-            *(memory.address, code, weight.data_ptr(), _DTYPES[weight.dtype], n, k),
+        memory = _Memory(self.long, self.long.packed_bytes(n, k, code))
+        self.long.pack(
+            *(memory.address, code, weight.data_ptr(), DTYPES[weight.dtype], n, k),
             weight.stride(0) * weight.element_size(),
         )
         return PackedLinear(n, k, dtype, code, memory.address, memory)
@@ -212,11 +191,11 @@ class Kernels:
         elif out.shape != (m, n) or (out.stride(1) != 1 and n > 1):
             raise ValueError(f"out must be [{m}, {n}] with contiguous rows, got {out.shape}")
         x_dtype = x.dtype
-        library = self._short if m * n * k < _SHORT_CALL_WORK else self._long
+        library = self.short if m * n * k < _SHORT_CALL_WORK else self.long
         library.linear(
-            *(w.address, w.code, n, k, x.data_ptr(), _DTYPES[x_dtype], m),
+            *(w.address, w.code, n, k, x.data_ptr(), DTYPES[x_dtype], m),
             x.stride(0) * x_dtype.itemsize,
-            *(out.data_ptr(), _DTYPES[out.dtype], out.stride(0)),
+            *(out.data_ptr(), DTYPES[out.dtype], out.stride(0)),
         )
         return out
 
@@ -231,9 +210,9 @@ class Kernels:
             intermediate: Width of gate and of up.
             dtype: float32 or bfloat16; bfloat16 rounds inputs and the SwiGLU output to bfloat16.
         """
-        code = _DTYPES[dtype]
-        slot_bytes = self._long.slot_bytes(code, hidden, intermediate)
-        memory = _Memory(self._long, max(1, num_slots) * slot_bytes)
+        code = DTYPES[dtype]
+        slot_bytes = self.long.slot_bytes(code, hidden, intermediate)
+        memory = _Memory(self.long, max(1, num_slots) * slot_bytes)
         return ExpertBank(
             num_slots, hidden, intermediate, dtype, code, memory.address, slot_bytes, memory
         )
@@ -256,9 +235,9 @@ class Kernels:
         if not 0 <= slot < bank.num_slots:
             raise ValueError(f"slot {slot} is not in [0, {bank.num_slots})")
         gate_up, down = gate_up.contiguous(), down.contiguous()
-        self._long.fill_slot(
+        self.long.fill_slot(
             *(bank.address, bank.code, slot, bank.hidden, bank.intermediate),
-            *(gate_up.data_ptr(), down.data_ptr(), _DTYPES[gate_up.dtype]),
+            *(gate_up.data_ptr(), down.data_ptr(), DTYPES[gate_up.dtype]),
         )
 
     def experts_forward(
@@ -305,13 +284,13 @@ class Kernels:
             raise ValueError("pair_weight must be float32, one for each pair")
         x_dtype = rows.dtype
         work = num_pairs * hidden * bank.intermediate * 3
-        library = self._short if work < _SHORT_CALL_WORK else self._long
+        library = self.short if work < _SHORT_CALL_WORK else self.long
         code = library.experts(
             *(bank.address, bank.code, bank.num_slots, hidden, bank.intermediate),
-            *(rows.data_ptr(), _DTYPES[x_dtype], num_rows, rows.stride(0) * x_dtype.itemsize),
+            *(rows.data_ptr(), DTYPES[x_dtype], num_rows, rows.stride(0) * x_dtype.itemsize),
             *(pair_row.data_ptr(), pair_slot.data_ptr()),
             None if pair_weight is None else pair_weight.data_ptr(),
-            *(num_pairs, combine, out.data_ptr(), _DTYPES[out.dtype]),
+            *(num_pairs, combine, out.data_ptr(), DTYPES[out.dtype]),
         )
         if code:
             name, bound = ("pair_row", num_rows) if code == 1 else ("pair_slot", bank.num_slots)

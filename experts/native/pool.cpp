@@ -136,6 +136,16 @@ void* Region::bytes(size_t size) {
   return data;
 }
 
+void* thread_scratch(size_t size) {
+  thread_local Chunk chunk{nullptr, 0};
+  if (size > chunk.size) {
+    std::free(chunk.data);
+    size = (size + 65535) / 65536 * 65536;
+    chunk = {static_cast<char*>(std::aligned_alloc(4096, size)), size};
+  }
+  return chunk.data;
+}
+
 }  // namespace em
 
 extern "C" {

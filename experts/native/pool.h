@@ -79,4 +79,7 @@ class Region {
   std::lock_guard<std::mutex> lock_;
 };
 
+// Uninitialised, 64-byte aligned memory of this thread, valid until its next call.
+void* thread_scratch(size_t size);
+
 }  // namespace em

@@ -1,0 +1,215 @@
+"""The trunk's kernels in C++ (`experts/native`), for a CPU.
+
+Activations are float32 throughout; in a bfloat16 model they are rounded only where they enter a
+matrix product (and so are K, V and the attention's probabilities). A token's bits depend on its own
+sequence and the weights alone: not on the batch, the threads, or how a prompt was cut into chunks.
+
+Two kinds of calls: `short` ones keep the interpreter lock, `long` ones give it up (see
+`experts.native.kernels`).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.native.kernels import DTYPES, Kernels, Library, PackedLinear
+from router.engine.batch import Batch
+from router.model.ops import AttentionParams, GdnParams, GdnState
+
+logger = logging.getLogger(__name__)
+
+_FLOAT32 = torch.float32
+_SHORT_STEP_TOKENS = 32
+"""Steps of at most as many tokens make short calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeKv:
+    """K and V of one layer, in the layout of `attention.cpp`."""
+
+    blocks: Tensor
+    """int32 `[num_blocks, words]`: a block is one row, so it can be copied or stored whole."""
+    block_size: int
+    code: int
+    address: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its blocks."""
+        return self.blocks.numel() * 4
+
+
+@dataclass(frozen=True, slots=True)
+class NativeStep:
+    """Addresses of a step's metadata; `batch` keeps them valid."""
+
+    batch: Batch
+    library: Library
+    num_sequences: int
+    query_start: int
+    context_lens: int
+    block_tables: int
+    max_blocks: int
+    state_slots: int
+
+
+class NativeOps:
+    """`Ops` in C++.
+
+    Args:
+        kernels: The library; its thread pool gets as many threads as torch has.
+        dtype: Of matrices and KV cache.
+    """
+
+    name = "native"
+    activation_dtype = _FLOAT32
+    device = torch.device("cpu")
+
+    def __init__(self, kernels: Kernels, dtype: torch.dtype) -> None:
+        kernels.set_num_threads(torch.get_num_threads())
+        self._kernels = kernels
+        self._dtype = dtype
+        self._long, self._short = kernels.long, kernels.short
+        self._conv_weights: dict[int, tuple[GdnParams, Tensor]] = {}
+        logger.info(
+            "ops_chosen name=native isa=%s dtype=%s threads=%d",
+            kernels.isa,
+            dtype,
+            kernels.num_threads,
+        )
+
+    def _library(self, num_tokens: int) -> Library:
+        return self._short if num_tokens <= _SHORT_STEP_TOKENS else self._long
+
+    def prepare_linear(self, weight: Tensor) -> PackedLinear:
+        """Pack; the original is not kept."""
+        return self._kernels.pack_linear(weight, self._dtype)
+
+    def begin_step(self, batch: Batch) -> NativeStep:
+        """Look up the addresses once."""
+        return NativeStep(
+            batch,
+            self._library(batch.num_tokens),
+            batch.num_sequences,
+            batch.query_start.data_ptr(),
+            batch.context_lens.data_ptr(),
+            batch.block_tables.data_ptr(),
+            batch.block_tables.shape[1],
+            batch.state_slots.data_ptr(),
+        )
+
+    def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        """See `Ops.linear`."""
+        return self._kernels.linear(x, weight)
+
+    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """See `Ops.embed`."""
+        count, width = token_ids.shape[0], weight.shape[1]
+        out = torch.empty(count, width)
+        self._library(count).embed(
+            *(token_ids.data_ptr(), count, weight.data_ptr(), DTYPES[weight.dtype], width),
+            out.data_ptr(),
+        )
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `Ops.rms_norm`."""
+        rows, width = x.shape
+        out = torch.empty(rows, width)
+        self._library(rows).rms_norm(
+            x.data_ptr(), rows, width, weight.data_ptr(), eps, out.data_ptr()
+        )
+        return out
+
+    def add_rms_norm(self, residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `Ops.add_rms_norm`."""
+        rows, width = residual.shape
+        out = torch.empty(rows, width)
+        self._library(rows).add_rms_norm(
+            *(residual.data_ptr(), delta.data_ptr(), rows, width),
+            *(weight.data_ptr(), eps, out.data_ptr()),
+        )
+        return out
+
+    def swiglu(self, gate_up: Tensor, intermediate_size: int) -> Tensor:
+        """See `Ops.swiglu`."""
+        rows, columns = gate_up.shape
+        out = torch.empty(rows, intermediate_size)
+        self._library(rows).swiglu(
+            gate_up.data_ptr(), rows, columns, intermediate_size, out.data_ptr()
+        )
+        return out
+
+    def gate_topk(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """See `Ops.gate_topk`."""
+        rows, num_experts = logits.shape
+        topk_ids = torch.empty(rows, top_k, dtype=torch.int32)
+        topk_weights = torch.empty(rows, top_k)
+        self._library(rows).gate_topk(
+            *(logits.data_ptr(), rows, num_experts, top_k),
+            *(topk_ids.data_ptr(), topk_weights.data_ptr()),
+        )
+        return topk_ids, topk_weights
+
+    def add_shared(self, routed: Tensor, shared: Tensor, gate: Tensor) -> Tensor:
+        """See `Ops.add_shared`; overwrites `routed`."""
+        rows, width = routed.shape
+        columns = gate.shape[1]
+        self._library(rows).add_shared(
+            *(routed.data_ptr(), shared.data_ptr(), gate.data_ptr() + 4 * (columns - 1), columns),
+            *(rows, width),
+        )
+        return routed
+
+    def gated_delta_net(
+        self, mixed: Tensor, params: GdnParams, state: GdnState, step: NativeStep
+    ) -> Tensor:
+        """See `Ops.gated_delta_net`; `value_head_dim` must be a multiple of 16."""
+        p = params
+        found = self._conv_weights.get(id(params))
+        if found is None:
+            if p.value_head_dim % 16:
+                raise ValueError(f"value_head_dim {p.value_head_dim} is not a multiple of 16")
+            found = params, p.conv_weight.t().contiguous()  # taps outside: vectors over channels
+            self._conv_weights[id(params)] = found
+        out = torch.empty(mixed.shape[0], p.num_value_heads * p.value_head_dim)
+        step.library.gated_delta_net(
+            *(mixed.data_ptr(), step.query_start, step.context_lens, step.state_slots),
+            *(step.num_sequences, found[1].data_ptr(), p.decay.data_ptr(), p.dt_bias.data_ptr()),
+            *(p.norm_weight.data_ptr(), p.num_key_heads, p.num_value_heads, p.key_head_dim),
+            *(p.value_head_dim, p.conv_kernel, p.eps),
+            *(state.conv.data_ptr(), state.recurrent.data_ptr(), out.data_ptr()),
+        )
+        return out
+
+    def attention(
+        self,
+        qkv: Tensor,
+        params: AttentionParams,
+        cos_sin: Tensor,
+        kv: NativeKv,
+        step: NativeStep,
+    ) -> Tensor:
+        """See `Ops.attention`."""
+        p = params
+        out = torch.empty(qkv.shape[0], p.num_heads * p.head_dim)
+        step.library.attention(
+            *(qkv.data_ptr(), cos_sin.data_ptr(), kv.address, kv.code, kv.block_size),
+            *(step.query_start, step.context_lens, step.block_tables, step.num_sequences),
+            *(step.max_blocks, p.num_heads, p.num_kv_heads, p.head_dim, p.rotary_dim),
+            *(p.scale, p.eps, p.q_norm.data_ptr(), p.k_norm.data_ptr(), out.data_ptr()),
+        )
+        return out
+
+    def allocate_kv(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> NativeKv:
+        """See `Ops.allocate_kv`. A block size that is a multiple of 16 wastes nothing."""
+        code = DTYPES[dtype]
+        num_bytes = self._long.kv_block_bytes(code, block_size, num_kv_heads, head_dim)
+        blocks = torch.zeros(num_blocks, num_bytes // 4, dtype=torch.int32)
+        return NativeKv(blocks, block_size, code, blocks.data_ptr())
