@@ -86,17 +86,20 @@ void l2_normalize(float* x, int64_t width, float factor) {
 
 float softplus(float x) { return x > 20 ? x : std::log1p(std::exp(x)); }
 
-// The delta rule on V vectors of columns of one memory. `s` is scratch [dk, V * W].
+// The delta rule on V vectors of columns of one memory, `lanes` of the last vector (all of them
+// where V > 1). `s` is scratch [dk, V * W].
 template <int V>
 void delta_rule(const Block& b, const float* decay, const float* beta, const float* v, float* o,
-                int64_t value_stride, int64_t tokens, int64_t dk, float* memory, int64_t dv, float* s) {
+                int64_t value_stride, int64_t tokens, int64_t dk, float* memory, int64_t dv, float* s,
+                int lanes) {
   constexpr int W = Vf::W;
+  int n = V > 1 ? W : lanes;
   Vf by_k[V], by_q[V], d[V];
   for (int j = 0; j < V; j++) by_k[j] = by_q[j] = zero();
   for (int64_t i = 0; i < dk; i++) {
     Vf k = set1(b.k[i]), q = set1(b.q[i]);
     for (int j = 0; j < V; j++) {
-      Vf a = load(memory + i * dv + j * W);
+      Vf a = load_up_to(memory + i * dv + j * W, n);
       store(s + (i * V + j) * W, a);
       by_k[j] = fma(a, k, by_k[j]);
       by_q[j] = fma(a, q, by_q[j]);
@@ -105,15 +108,16 @@ void delta_rule(const Block& b, const float* decay, const float* beta, const flo
   for (int64_t t = 0; t < tokens; t++) {
     Vf g = set1(decay[t]), step = set1(beta[t]), kq = set1(b.kq[t]);
     for (int j = 0; j < V; j++) {
-      d[j] = step * fnma(g, by_k[j], load(v + t * value_stride + j * W));
-      store(o + t * value_stride + j * W, fma(kq, d[j], g * by_q[j]));
+      d[j] = step * fnma(g, by_k[j], load_up_to(v + t * value_stride + j * W, n));
+      store_up_to(o + t * value_stride + j * W, fma(kq, d[j], g * by_q[j]), n);
       by_k[j] = by_q[j] = zero();
     }
     const float* k = b.k + t * dk;
     if (t + 1 == tokens) {
       for (int64_t i = 0; i < dk; i++) {
         for (int j = 0; j < V; j++) {
-          store(memory + i * dv + j * W, fma(set1(k[i]), d[j], g * load(s + (i * V + j) * W)));
+          Vf a = fma(set1(k[i]), d[j], g * load(s + (i * V + j) * W));
+          store_up_to(memory + i * dv + j * W, a, n);
         }
       }
       return;
@@ -264,11 +268,11 @@ class Head {
     int64_t j = 0;
     for (; j + kColumns * Vf::W <= dv; j += kColumns * Vf::W) {
       delta_rule<kColumns>(b, decay, beta, b.v + h * dv + j, b.o + h * dv + j, stride, n, c.p.dk,
-                           memory + j, dv, columns);
+                           memory + j, dv, columns, Vf::W);
     }
     for (; j < dv; j += Vf::W) {
       delta_rule<1>(b, decay, beta, b.v + h * dv + j, b.o + h * dv + j, stride, n, c.p.dk,
-                    memory + j, dv, columns);
+                    memory + j, dv, columns, int(std::min<int64_t>(Vf::W, dv - j)));
     }
   }
 
@@ -289,7 +293,7 @@ class Head {
 
 extern "C" {
 
-// dv must be a multiple of 16. Sequence s owns the rows [query_start[s], query_start[s + 1]).
+// Sequence s owns the rows [query_start[s], query_start[s + 1]).
 void em_gated_delta_net(const float* mixed, const int32_t* query_start, const int32_t* context_lens,
                         const int32_t* state_slots, int64_t sequences, const float* conv_weight,
                         const float* decay, const float* dt_bias, const float* norm_weight,

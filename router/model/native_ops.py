@@ -168,12 +168,10 @@ class NativeOps:
     def gated_delta_net(
         self, mixed: Tensor, params: GdnParams, state: GdnState, step: NativeStep
     ) -> Tensor:
-        """See `Ops.gated_delta_net`; `value_head_dim` must be a multiple of 16."""
+        """See `Ops.gated_delta_net`."""
         p = params
         found = self._conv_weights.get(id(params))
         if found is None:
-            if p.value_head_dim % 16:
-                raise ValueError(f"value_head_dim {p.value_head_dim} is not a multiple of 16")
             found = params, p.conv_weight.t().contiguous()  # taps outside: vectors over channels
             self._conv_weights[id(params)] = found
         out = torch.empty(mixed.shape[0], p.num_value_heads * p.value_head_dim)

@@ -172,7 +172,14 @@ def batch_of(pieces: list[tuple[int, int, int]], blocks: int = 0, size: int = 1)
     )
 
 
-GDN_SHAPES = [(1, 1, 16, 16), (2, 4, 16, 16), (2, 6, 24, 48), (1, 2, 128, 128), (2, 2, 33, 80)]
+GDN_SHAPES = [
+    (1, 1, 16, 16),
+    (2, 4, 16, 16),
+    (2, 6, 24, 48),
+    (1, 2, 128, 128),
+    (2, 2, 33, 80),
+    (4, 4, 8, 21),
+]
 
 
 @pytest.mark.parametrize(("key_heads", "value_heads", "dk", "dv"), GDN_SHAPES)
@@ -197,11 +204,11 @@ def test_gated_delta_net_equals_torch(
 
 
 def test_gated_delta_net_bits_do_not_depend_on_chunks_batch_or_threads(isa: str) -> None:
-    gdn = make_gdn([90, 40], 2, 4, 16, 48)
+    gdn = make_gdn([90, 40], 2, 4, 16, 53)
 
     def run(steps: list[list[tuple[int, int, int]]], threads: int) -> tuple[Tensor, Tensor]:
         ops, state = native(isa, threads=threads), gdn.state(2)
-        out = [torch.empty(len(x), 4 * 48) for x in gdn.inputs]
+        out = [torch.empty(len(x), 4 * 53) for x in gdn.inputs]
         for pieces in steps:
             mixed = torch.cat([gdn.inputs[s][a:b] for s, a, b in pieces])
             got = ops.gated_delta_net(mixed, gdn.params, state, ops.begin_step(batch_of(pieces)))
