@@ -51,7 +51,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import grpc
 from google.protobuf import message as protobuf_message
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "expertmesh"
 DETAILS_KEY = "grpc-status-details-bin"
