@@ -21,7 +21,7 @@ DeltaNet, dk/dv their sizes, C = 2*Hk*dk + Hv*dv conv channels, E experts, K top
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +30,9 @@ from torch import Tensor
 
 from protos.errors import ConfigurationError
 from router.engine.batch import Batch
+from router.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 class LinearWeight(Protocol):
@@ -233,32 +236,50 @@ class Ops(Protocol):
         ...
 
 
-def choose_ops(dtype: torch.dtype, device: torch.device, name: str = "auto") -> Ops:
+def choose_ops(
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str = "auto",
+    *,
+    config: ModelConfig | None = None,
+) -> Ops:
     """Choose the kernels for a device and log which.
 
     Args:
         dtype: Of the model's matrices.
         device: Where the trunk runs.
-        name: `torch`, `native`, or `auto`: native on a CPU for which kernels were built.
+        name: `torch`, `native`, or `auto`: native on a CPU for which kernels were built and whose
+            limits the model keeps.
+        config: The model, to check these limits.
 
     Raises:
-        ConfigurationError: An unknown name, or native kernels that are not there.
+        ConfigurationError: An unknown name, or `native` where it cannot be.
     """
     if name not in ("auto", "torch", "native"):
         raise ConfigurationError("ops", "must be auto, torch or native", name)
-    # The two are imported here: both import this file, and nobody loads the one that is not chosen.
-    native_is_here = importlib.util.find_spec("router.model.native_ops") is not None
-    if name != "torch" and device.type == "cpu" and native_is_here:
+    # The two are imported here: both import this file, and nobody loads the one not chosen.
+    if name != "torch":
         from experts.native.kernels import load_kernels
 
-        kernels = load_kernels()
+        obstacle = _native_obstacle(device, config)
+        kernels = None if obstacle else load_kernels()
         if kernels is not None:
             from router.model.native_ops import NativeOps
 
             return NativeOps(kernels, dtype)
-    if name == "native":
-        hint = "python -m experts.native.build"
-        raise ConfigurationError("ops", "has no native kernels on this machine", name, hint)
+        obstacle = obstacle or "no kernels for this CPU, see python -m experts.native.build"
+        if name == "native":
+            raise ConfigurationError("ops", f"cannot be native: {obstacle}", name)
+        logger.info("ops_not_native reason=%r", obstacle)
     from router.model.torch_ops import TorchOps
 
     return TorchOps(dtype, device)
+
+
+def _native_obstacle(device: torch.device, config: ModelConfig | None) -> str:
+    """Return why native kernels cannot run this model here, or nothing."""
+    if device.type != "cpu":
+        return f"the device is {device.type}"
+    if config is not None and config.num_linear_layers and config.linear_value_head_dim % 16:
+        return f"linear_value_head_dim {config.linear_value_head_dim} is not a multiple of 16"
+    return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,7 @@ def available_ops() -> list[str]:
     """The kernels that this machine can run: torch always, native where they were built."""
     from experts.native.kernels import load_kernels
 
-    return (
-        ["torch"]
-        if load_kernels() is None or not importlib.util.find_spec("router.model.native_ops")
-        else ["torch", "native"]
-    )
+    return ["torch"] if load_kernels() is None else ["torch", "native"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
