@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from pathlib import Path
 import grpc
 import psutil
 
-from protos.v1 import generation_pb2, generation_pb2_grpc
+from protos.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET_CORES = 0.25
@@ -33,6 +35,18 @@ def prompts(num: int, length: int, vocab_size: int, seed: int = 1) -> list[list[
     """Return `num` prompts of `length` random token ids; the first 16 ids stay with specials."""
     generator = random.Random(seed)
     return [[generator.randrange(16, vocab_size) for _ in range(length)] for _ in range(num)]
+
+
+def vocab_size_of(checkpoint: Path) -> int:
+    """Read the vocabulary size from a checkpoint's config.json."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    return int(config.get("text_config", config)["vocab_size"])
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the smallest value that at least `percent` of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def process_tree(pid: int) -> list[psutil.Process]:
@@ -137,19 +151,42 @@ class ServedCluster:
         )
         return generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
 
+    def status(self) -> cluster_pb2.ClusterStatus:
+        """Ask what runs where."""
+        with grpc.insecure_channel(self.address) as channel:
+            stub = cluster_pb2_grpc.ClusterServiceStub(channel)  # type: ignore[no-untyped-call]
+            return stub.GetStatus(cluster_pb2.GetStatusRequest(), timeout=10)
+
 
 @contextlib.contextmanager
 def served(
-    checkpoint: Path | str, *arguments: str, timeout_s: float = 300
+    checkpoint: Path | str,
+    *arguments: str,
+    timeout_s: float = 300,
+    on_progress: Callable[[float, str], None] | None = None,
 ) -> Iterator[ServedCluster]:
     """Run `expertmesh serve CHECKPOINT --port 0 ...` until the block ends.
+
+    Args:
+        checkpoint: What to serve.
+        arguments: Further ones of `serve`.
+        timeout_s: How long the start may take.
+        on_progress: Gets each line of stderr with the seconds since the start; else it is ours.
 
     Raises:
         RuntimeError: It ended, or printed no `ready` line within `timeout_s`.
     """
     command = [sys.executable, "-m", "cluster.cli", "serve", str(checkpoint), "--port", "0"]
     started = time.perf_counter()
-    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    stderr = None if on_progress is None else subprocess.PIPE
+    process = subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT
+    )
+    if on_progress is not None:
+        reader = threading.Thread(
+            target=_read_progress, args=(process, started, on_progress), daemon=True
+        )
+        reader.start()
     try:
         assert process.stdout is not None
         address = ""
@@ -170,20 +207,33 @@ def served(
             process.wait()
 
 
+def _read_progress(
+    process: subprocess.Popen[str], started: float, on_progress: Callable[[float, str], None]
+) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        on_progress(time.perf_counter() - started, line.rstrip())
+
+
+def greedy_request(
+    prompt: Sequence[int], new_tokens: int, request_id: str = ""
+) -> generation_pb2.GenerateRequest:
+    """Return a greedy request of exactly `new_tokens` tokens."""
+    return generation_pb2.GenerateRequest(
+        request_id=request_id,
+        tokens=generation_pb2.TokenIds(ids=prompt),
+        sampling=generation_pb2.Sampling(temperature=0.0, repetition_penalty=1.0, seed=0),
+        stopping=generation_pb2.Stopping(
+            max_tokens=new_tokens, min_tokens=new_tokens, ignore_eos=True
+        ),
+    )
+
+
 def generate_batch(
     stub: generation_pb2_grpc.GenerationServiceStub, batch: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[float, list[list[int]]]:
     """Generate greedily for all prompts at once; returns seconds and each prompt's tokens."""
-    requests = [
-        generation_pb2.GenerateRequest(
-            tokens=generation_pb2.TokenIds(ids=ids),
-            sampling=generation_pb2.Sampling(temperature=0.0, repetition_penalty=1.0, seed=0),
-            stopping=generation_pb2.Stopping(
-                max_tokens=new_tokens, min_tokens=new_tokens, ignore_eos=True
-            ),
-        )
-        for ids in batch
-    ]
+    requests = [greedy_request(ids, new_tokens) for ids in batch]
     started = time.perf_counter()
     streams = [stub.Generate(request, timeout=600) for request in requests]
     outputs = [[i for message in stream for i in message.token_ids] for stream in streams]
