@@ -35,6 +35,9 @@ _DRAWS_PER_COUNTER = 4
 _DRAWS_AHEAD = 64
 """Random numbers made at a time; they are a function of the position, so none is ever lost."""
 
+_DRAWN_ROWS = 32
+"""Rows drawn at a time, so that their logits stay in the CPU's cache from pass to pass."""
+
 _FIRST_NUCLEUS = 64
 """Candidates tried first for top-p without top-k; 16 times as many while that is not enough."""
 
@@ -203,9 +206,10 @@ def _sample_others(
             samples.failed_rows.append(row)
     failed = frozenset(samples.failed_rows)
     drawn = [row for row in rows if not states[row].is_greedy and row not in failed]
-    if drawn:
-        picked = values if len(drawn) == len(values) else values[drawn]
-        samples.token_ids[drawn] = draw(picked, [states[row] for row in drawn])
+    for start in range(0, len(drawn), _DRAWN_ROWS):
+        part = drawn[start : start + _DRAWN_ROWS]
+        picked = values if len(part) == len(values) else values[part]
+        samples.token_ids[part] = draw(picked, [states[row] for row in part])
     logged = [row for row in logged if row not in failed]
     if logged:
         before = np.stack([raw.get(row, values[row]) for row in logged])

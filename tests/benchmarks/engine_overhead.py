@@ -111,8 +111,9 @@ def main() -> None:
                 }
                 figures.append(figure)
                 print(
-                    f"vocab {vocab:6d} {mode:8s} batch {batch:3d}: median {figure['median_us']:8.1f}"
-                    f" us  p99 {figure['p99_us']:8.1f} us  min {figure['min_us']:8.1f} us",
+                    f"vocab {vocab:6d} {mode:8s} batch {batch:3d}: "
+                    f"median {figure['median_us']:8.1f} us  p99 {figure['p99_us']:8.1f} us  "
+                    f"min {figure['min_us']:8.1f} us",
                     flush=True,
                 )
     commit = subprocess.run(

@@ -1,0 +1,89 @@
+"""The engine with the real trunk: greedy tokens are the oracle's, whatever the engine's sizes."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from router.engine.engine import Engine, EngineConfig
+from router.engine.request import EngineRequest, SamplingParams, StepOutput, StoppingParams
+from router.model.decoder import Decoder
+from router.model.ops import Ops
+from tests.parity.oracle import LoopExperts, Oracle
+
+MakeOps = Callable[[torch.dtype], Ops]
+MakeCheckpoint = Callable[..., Path]
+
+LENGTHS = (1, 5, 17, 40, 66, 33)
+NEW_TOKENS = 24
+SIZES = {
+    "roomy": {"max_num_seqs": 8, "max_num_batched_tokens": 512, "num_blocks": 64},
+    "one_at_a_time": {"max_num_seqs": 1, "max_num_batched_tokens": 512, "num_blocks": 64},
+    "small_chunks": {"max_num_seqs": 4, "max_num_batched_tokens": 7, "num_blocks": 64},
+    "preempting": {"max_num_seqs": 6, "max_num_batched_tokens": 32, "num_blocks": 14},
+}
+
+
+def generate(
+    decoder: Decoder, prompts: list[list[int]], vocab_size: int, sizes: dict[str, int]
+) -> tuple[list[list[int]], list[list[float]], int]:
+    """Return tokens, log-probabilities, and how often a sequence was preempted."""
+    config = EngineConfig(
+        vocab_size=vocab_size, max_model_len=96, block_size=8, num_state_slots=8, **sizes
+    )
+    engine = Engine(decoder, config)
+    tokens: dict[str, list[int]] = defaultdict(list)
+    logprobs: dict[str, list[float]] = defaultdict(list)
+
+    def sink(output: StepOutput) -> None:
+        assert output.error is None
+        tokens[output.request_id] += output.token_ids
+        if output.logprobs is not None:
+            logprobs[output.request_id] += output.logprobs.logprobs
+
+    names = [str(i) for i in range(len(prompts))]
+    for name, prompt in zip(names, prompts, strict=True):
+        engine.submit(
+            EngineRequest(
+                request_id=name,
+                prompt_ids=prompt,
+                sampling=SamplingParams(temperature=0.0),
+                stopping=StoppingParams(max_tokens=NEW_TOKENS),
+                logprobs=0,
+            ),
+            sink,
+        )
+    while engine.step():
+        pass
+    assert engine.stats().num_blocks_used == 0
+    preemptions = engine.stats().preemptions
+    return [tokens[name] for name in names], [logprobs[name] for name in names], preemptions
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_greedy_tokens_equal_the_oracle(
+    name: str, make_ops: MakeOps, checkpoint: MakeCheckpoint
+) -> None:
+    path = checkpoint()
+    oracle = Oracle(path)
+    decoder = Decoder.from_checkpoint(
+        path,
+        dtype=torch.float32,
+        ops=make_ops(torch.float32),
+        experts=LoopExperts(path, torch.float32),
+    )
+    vocab_size = decoder.config.vocab_size
+    rng = random.Random(20261122)
+    prompts = [[rng.randrange(vocab_size) for _ in range(length)] for length in LENGTHS]
+    tokens, logprobs, preemptions = generate(decoder, prompts, vocab_size, SIZES[name])
+    assert (preemptions > 0) == (name == "preempting")
+    for prompt, ours, values in zip(prompts, tokens, logprobs, strict=True):
+        expected = oracle.logits([*prompt, *ours])[len(prompt) - 1 : -1]
+        assert ours == expected.argmax(1).tolist()
+        exact = expected.log_softmax(1)[torch.arange(NEW_TOKENS), torch.tensor(ours)]
+        assert values == pytest.approx(exact.tolist(), abs=2e-4)
