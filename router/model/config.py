@@ -244,7 +244,9 @@ class _Fields:
             self.fail(key, f"must be {json.dumps(only)}, nothing else is implemented")
 
     def child(self, key: str) -> _Fields:
+        """Read an object; an absent one is empty."""
         value = self.values.get(key)
+        value = {} if value is None else value
         if not isinstance(value, Mapping):
             self.fail(key, "must be an object")
             value = {}
