@@ -81,6 +81,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         model: What is served.
         defaults: Values of unset sampling fields.
         clock: The engine's.
+        max_pending_tokens: What may wait for one client that reads slowly.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         model: ServedModel,
         defaults: SamplingDefaults | None = None,
         clock: Callable[[], float] = time.monotonic,
+        max_pending_tokens: int = MAX_PENDING_TOKENS,
     ) -> None:
+        self._max_pending_tokens = max_pending_tokens
         self._engine = engine
         self._text = text
         self._model = model
@@ -106,7 +109,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         request_id, count = engine_request.request_id, engine_request.sampling.n
         stream = RequestStream(
             [self._text_stream(request) for _ in range(count)],
-            _stream_options(request, len(prompt_ids)),
+            self._stream_options(request, len(prompt_ids)),
             on_overflow=lambda: self._engine.cancel(request_id, "slow reader"),
         )
         position = self._engine.submit(engine_request, stream.put)
@@ -123,6 +126,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 await stream.wait()
                 for message in stream.take():
                     await context.write(message)
+                if stream.has_news:  # more came while the client read
+                    continue
                 if stream.error is not None:
                     raise stream.error
                 if stream.is_ended:
@@ -304,15 +309,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             ),
         )
 
-
-def _stream_options(
-    request: generation_pb2.GenerateRequest, num_prompt_tokens: int
-) -> StreamOptions:
-    output = request.output
-    return StreamOptions(
-        num_prompt_tokens=num_prompt_tokens,
-        return_token_ids=not output.HasField("return_token_ids") or output.return_token_ids,
-        include_stop=request.stopping.include_stop,
-        values_per_token=1 + output.top_logprobs,
-        max_pending_tokens=MAX_PENDING_TOKENS,
-    )
+    def _stream_options(
+        self, request: generation_pb2.GenerateRequest, num_prompt_tokens: int
+    ) -> StreamOptions:
+        output = request.output
+        return StreamOptions(
+            num_prompt_tokens=num_prompt_tokens,
+            return_token_ids=not output.HasField("return_token_ids") or output.return_token_ids,
+            include_stop=request.stopping.include_stop,
+            values_per_token=1 + output.top_logprobs,
+            max_pending_tokens=self._max_pending_tokens,
+        )

@@ -99,6 +99,11 @@ class RequestStream:
         """Whether the engine has ended every sequence of the request."""
         return self._num_open == 0
 
+    @property
+    def has_news(self) -> bool:
+        """Whether something came since the last `wait`."""
+        return self._news.is_set()
+
     def put(self, output: StepOutput) -> None:
         """Take what one step did for one sequence; the engine's sink."""
         if output.is_last:
