@@ -1,7 +1,7 @@
 """Starts a service and ends it: the order of things, and who waits for whom.
 
     checks that need no torch
-    |- examination of the checkpoint (a process of its own)   |- Ray
+    in parallel: examination of the checkpoint, and Ray (each a process of its own)
     actors for all groups and routers; they import torch in parallel
     groups load their experts, routers their trunk, all in parallel
     routers connect to the groups and open their ports
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +24,8 @@ import grpc
 from cluster.config import Config, parse_groups
 from cluster.kv_budget import format_bytes
 from cluster.members import GroupMember, ProcessFacts, RouterStart, threads_per_group
-from cluster.preflight import (
-    Facts,
-    finish_examination,
-    quick_checks,
-    router_port,
-    start_examination,
-)
-from cluster.ray_api import GROUP_RESOURCE, Actor, RayCluster
+from cluster.preflight import Examination, Facts, quick_checks, router_port
+from cluster.ray_api import GROUP_RESOURCE, Actor, Guard, PrivateRay, RayCluster
 from experts.placement import Placement
 from experts.planner import plan_placement
 from protos.errors import (
@@ -73,31 +68,62 @@ class Service:
 
     config: Config
     progress: Progress
+    guard: Guard = nullcontext
+    """Held around calls into Ray, see `cluster.stopping`."""
     _cluster: RayCluster | None = None
     _groups: dict[str, Actor] = field(default_factory=dict)
     _routers: dict[str, Actor] = field(default_factory=dict)
+    _examination: Examination | None = None
+    _facts: Facts | None = None
+    _private: PrivateRay | None = None
     _deadline: float = 0.0
+    is_ready: bool = False
 
-    def start(self) -> Ready:
-        """Bring the service up; returns when every router has answered a request.
+    def connect(self) -> None:
+        """Check everything, and start or join Ray. First phase.
 
         Raises:
             ExpertMeshError: What stands in the way.
         """
         self._deadline = time.monotonic() + self.config.cluster.start_timeout_s
         quick_checks(self.config)
-        examination = start_examination(self.config)
-        try:
-            self._cluster = self._connect()
-            facts = finish_examination(examination, self.config)
-        finally:
-            if examination.poll() is None:
-                examination.kill()
-                examination.wait()
-        self._announce(facts)
+        self._examination = Examination(self.config)
+        cluster = self.config.cluster
+        if cluster.ray_address is None:
+            self.progress("starting a private Ray cluster on this machine")
+            groups = parse_groups(self.config.experts.groups)
+            self._private = PrivateRay(
+                num_actors=len(groups) + self.config.router.count,
+                namespace=cluster.namespace,
+                verbose=cluster.verbose,
+            )
+        self._facts = self._examination.finish()
+        self._announce(self._facts)
+        if self._private is not None:
+            address = self._private.address()
+            with self.guard():
+                self._cluster = RayCluster.connect_private(
+                    address, namespace=cluster.namespace, verbose=cluster.verbose
+                )
+        else:
+            assert cluster.ray_address is not None
+            self.progress(f"joining the Ray cluster {cluster.ray_address}")
+            with self.guard():
+                self._cluster = RayCluster.join(
+                    cluster.ray_address, namespace=cluster.namespace, verbose=cluster.verbose
+                )
+        self._cluster.guard = self.guard
+
+    def start(self) -> Ready:
+        """Bring the service up; returns when every router has answered a request. Second phase.
+
+        Raises:
+            ExpertMeshError: What stands in the way.
+        """
+        assert self._facts is not None  # `connect` comes first
+        facts = self._facts
         self._spawn(facts)
         where = self._gather("prepare", self._groups | self._routers, "start the processes")
-        self._cluster.record_processes()
         placement = self._plan(facts)
         members = self._load(facts, placement, where)
         addresses = self._open_ports(placement, members, where)
@@ -105,7 +131,7 @@ class Service:
             self.progress(f"{name} listens on {address}")
             check_answers(address, self._left())
         self._gather("join_group", self._routers, "exchange addresses", members, addresses)
-        self._cluster.record_processes()
+        self.is_ready = True
         return Ready(
             addresses=tuple(addresses.values()),
             model=self.model_name,
@@ -118,21 +144,26 @@ class Service:
         path = self.config.model.checkpoint.rstrip("/")
         return self.config.model.served_model_name or path.rsplit("/", 1)[-1]
 
-    def wait(self) -> str:
-        """Block until a process of the service ends by itself; return what happened to it."""
+    def wait(self) -> str | None:
+        """Block until a process dies, and return what happened; None when all routers drained."""
         cluster = self._running
         references = {
             name: actor.call("wait") for name, actor in (self._groups | self._routers).items()
         }
         while True:
-            name = cluster.first_finished(references, timeout_s=1.0)
+            name = cluster.first_finished(references)
             if name is None:
                 continue
             try:
                 cluster.result(name, references[name])
             except ExpertMeshError as error:
                 return str(error)
-            return f"{name} stopped"
+            if name not in self._routers:
+                return f"{name} stopped"
+            self.progress(f"{name} was drained and left")
+            del references[name]
+            if not any(router in references for router in self._routers):
+                return None
 
     def drain(self) -> int:
         """Take nothing new, finish what runs; return what is left after `shutdown_timeout_s`."""
@@ -143,26 +174,18 @@ class Service:
 
     def close(self) -> None:
         """End every process of the service. Never raises."""
-        if self._cluster is None:
-            return
-        for actors in (self._routers, self._groups):
-            references = {name: actor.call("stop") for name, actor in actors.items()}
-            self._cluster.settle(references, STOP_TIMEOUT_S)
-        self._cluster.close()
-        self._cluster = None
-
-    def _connect(self) -> RayCluster:
-        cluster = self.config.cluster
-        if cluster.ray_address is None:
-            self.progress("starting a private Ray cluster on this machine")
-            num_actors = len(parse_groups(self.config.experts.groups)) + self.config.router.count
-            return RayCluster.start_private(
-                num_actors=num_actors, namespace=cluster.namespace, verbose=cluster.verbose
-            )
-        self.progress(f"joining the Ray cluster {cluster.ray_address}")
-        return RayCluster.join(
-            cluster.ray_address, namespace=cluster.namespace, verbose=cluster.verbose
-        )
+        if self._examination is not None:
+            self._examination.cancel()
+        if self._cluster is not None:
+            self._cluster.guard = nullcontext
+            for actors in (self._routers, self._groups):
+                references = {name: actor.call("stop") for name, actor in actors.items()}
+                self._cluster.settle(references, STOP_TIMEOUT_S)
+            self._cluster.close()
+            self._cluster = None
+        if self._private is not None:
+            self._private.close()
+            self._private = None
 
     def _announce(self, facts: Facts) -> None:
         experts = f"{facts.num_experts} experts a layer" if facts.num_experts else "dense"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 
@@ -17,10 +16,6 @@ def configure_logging(process: str, *, verbose: bool) -> None:
         process: Name that stands in every line: `serve`, `router-0`, `group-a`.
         verbose: Show INFO of our own packages; libraries stay at WARNING.
     """
-    # Libraries that print at import read their level from the environment, before any logger of
-    # theirs exists.
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     handler = logging.StreamHandler(sys.stderr)
     formatter = logging.Formatter(
         f"%(asctime)s.%(msecs)03dZ %(levelname)s {process} %(name)s %(message)s",
@@ -33,3 +28,9 @@ def configure_logging(process: str, *, verbose: bool) -> None:
     root.setLevel(logging.INFO if verbose else logging.WARNING)
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drop deepspeed's warning that there is no GPU: on a CPU that is no news."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")

@@ -106,33 +106,47 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def start_examination(config: Config) -> subprocess.Popen[str]:
-    """Start `examine` in a process of its own; `finish_examination` collects it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "cluster.preflight"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+class Examination:
+    """`examine` in a process of its own."""
 
+    def __init__(self, config: Config) -> None:
+        """Start it."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.preflight"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert self._process.stdin is not None
+        # Far less than a pipe holds: this does not block.
+        self._process.stdin.write(json.dumps(dataclasses.asdict(config)))
+        self._process.stdin.close()
+        self._process.stdin = None
 
-def finish_examination(process: subprocess.Popen[str], config: Config) -> Facts:
-    """Return what the examination found.
+    def finish(self) -> Facts:
+        """Wait for it and return what it found.
 
-    Raises:
-        ExpertMeshError: What it raised.
-    """
-    out, _ = process.communicate(json.dumps(dataclasses.asdict(config)))
-    try:
-        answer = json.loads(out)
-    except ValueError:
-        raise InternalError(f"the pre-flight check ended with {process.returncode}") from None
-    if "error" in answer:
-        status = status_pb2.Status()
-        status.ParseFromString(base64.b64decode(answer["error"]))
-        raise from_status(status)
-    return Facts(**answer)
+        Raises:
+            ExpertMeshError: What it raised.
+        """
+        out, _ = self._process.communicate()
+        try:
+            answer = json.loads(out)
+        except ValueError:
+            code = self._process.returncode
+            raise InternalError(f"the pre-flight check ended with exit code {code}") from None
+        if "error" in answer:
+            status = status_pb2.Status()
+            status.ParseFromString(base64.b64decode(answer["error"]))
+            raise from_status(status)
+        return Facts(**answer)
+
+    def cancel(self) -> None:
+        """End it if it still runs."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
 
 
 def examine(config: Config, available_bytes: float) -> Facts:

@@ -16,16 +16,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.watchdog import kill_all, start_time
 from protos.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -44,11 +41,12 @@ log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 80 << 20
 """The smallest that Ray takes without a warning; no tensor ever travels through it."""
+Guard = Callable[[], contextlib.AbstractContextManager[None]]
+WAIT_S = 0.2
 GROUP_RESOURCE = "expert_group"
 """Custom resource that nodes of a shared cluster advertise, 1 per group they may hold."""
-RECORD_INTERVAL_S = 0.25
 EXIT_TIMEOUT_S = 10.0
-"""How long Ray's processes get to end before they are killed."""
+"""How long the process that holds a private Ray gets to end it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,40 +72,19 @@ class Actor:
         return getattr(self.handle, method).remote(*args, **kwargs)
 
 
-@dataclass(slots=True)
-class RayCluster:
-    """A Ray cluster we are connected to; `close` ends what we started, and no more."""
+class PrivateRay:
+    """A Ray cluster on this machine for this process alone; see `cluster.ray_host`.
 
-    namespace: str
-    is_private: bool
-    folder: Path | None = None
-    """Sockets and logs of a private cluster."""
-    actors: list[Actor] = field(default_factory=list)
-    groups: list[PlacementGroup] = field(default_factory=list)
-    watchdog: subprocess.Popen[str] | None = None
-    processes: dict[int, str] = field(default_factory=dict)
-    """pid -> start time of the private cluster's processes."""
+    Its ports take only callers that know the token drawn here. The constructor returns at once;
+    `address` waits until Ray runs.
 
-    @classmethod
-    def start_private(cls, *, num_actors: int, namespace: str, verbose: bool) -> RayCluster:
-        """Start Ray on this machine for this process alone.
+    Args:
+        num_actors: Actors to come; Ray counts one CPU each, whatever the machine has.
+        namespace: Ray namespace of the actors.
+        verbose: Show Ray's own log, too.
+    """
 
-        It dies with this process: in an orderly way through `close`, else through the kernel and
-        the watchdog. Its ports take only callers that know the token drawn here.
-
-        Args:
-            num_actors: Actors to come; Ray counts one CPU each, whatever the machine has.
-            namespace: Ray namespace of the actors.
-            verbose: Show Ray's own log, too.
-        """
-        folder = Path(tempfile.mkdtemp(prefix="expertmesh-"))
-        cluster = cls(namespace=namespace, is_private=True, folder=folder)
-        cluster.watchdog = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(__file__).with_name("watchdog.py")), str(folder)],
-            stdin=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def __init__(self, *, num_actors: int, namespace: str, verbose: bool) -> None:
         os.environ.pop("RAY_ADDRESS", None)
         os.environ.update(
             RAY_AUTH_MODE="token",
@@ -115,33 +92,89 @@ class RayCluster:
             RAY_USAGE_STATS_ENABLED="0",
             RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
             RAY_SCHEDULER_EVENTS="0",
+            RAY_COLOR_PREFIX="1" if sys.stderr.isatty() else "0",
         )
+        self._folder = tempfile.mkdtemp(prefix="expertmesh-")
+        level = _log_level(verbose)
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "cluster.ray_host", self._folder),
+                *(str(num_actors), namespace, str(level)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # Sockets of the lanes and the like go with the folder, even after a SIGKILL.
+            env={**os.environ, "TMPDIR": self._folder},
+        )
+
+    def address(self) -> str:
+        """Wait until Ray runs and return `host:port` of its head.
+
+        Raises:
+            InternalError: Ray did not start; its reason is on stderr.
+        """
+        assert self._process.stdout is not None
+        address = self._process.stdout.readline().strip()
+        if not address:
+            raise InternalError("Ray did not start on this machine, see the lines above")
+        return address
+
+    def close(self) -> None:
+        """End Ray and everything it started, and wait for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            log.warning("ray_host_killed pid=%d", self._process.pid)
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def start_local_ray(folder: str, num_cpus: int, namespace: str, log_level: int) -> str:
+    """Start Ray below this process and return `host:port`; called by `cluster.ray_host`."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        namespace=namespace,
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=log_level,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=folder,
+    )
+    return str(context.address_info["gcs_address"])
+
+
+@dataclass(slots=True)
+class RayCluster:
+    """A connection to a Ray cluster; `close` ends our actors and reservations, and no more."""
+
+    namespace: str
+    is_private: bool
+    guard: Guard = contextlib.nullcontext
+    """Held around every wait in Ray's code, which lasts `WAIT_S` at most."""
+    actors: list[Actor] = field(default_factory=list)
+    groups: list[PlacementGroup] = field(default_factory=list)
+
+    @classmethod
+    def connect_private(cls, address: str, *, namespace: str, verbose: bool) -> RayCluster:
+        """Connect to the head that `PrivateRay` started."""
         import ray
 
-        is_up = threading.Event()
-        recorder = threading.Thread(target=cluster._record_until, args=(is_up,), daemon=True)
-        recorder.start()
-        try:
-            ray.init(
-                address="local",
-                namespace=namespace,
-                num_cpus=num_actors,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=logging.INFO if verbose else logging.ERROR,
-                log_to_driver=True,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder),
-            )
-        except BaseException:
-            is_up.set()
-            recorder.join()
-            cluster.close()
-            raise
-        is_up.set()
-        recorder.join()
-        cluster.record_processes()
-        return cluster
+        ray.init(
+            address=address,
+            namespace=namespace,
+            logging_level=_log_level(verbose),
+            log_to_driver=True,
+        )
+        return cls(namespace=namespace, is_private=True)
 
     @classmethod
     def join(cls, address: str, *, namespace: str, verbose: bool) -> RayCluster:
@@ -161,7 +194,7 @@ class RayCluster:
             ray.init(
                 address=address,
                 namespace=namespace,
-                logging_level=logging.INFO if verbose else logging.ERROR,
+                logging_level=_log_level(verbose),
                 log_to_driver=True,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -209,9 +242,16 @@ class RayCluster:
         """
         from ray.util.placement_group import placement_group
 
-        group = placement_group([dict(bundle) for bundle in bundles], strategy="SPREAD")
-        self.groups.append(group)
-        if not group.wait(timeout_seconds=timeout_s):
+        with self.guard():
+            group = placement_group([dict(bundle) for bundle in bundles], strategy="SPREAD")
+            self.groups.append(group)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self.guard():
+                if group.wait(timeout_seconds=WAIT_S):
+                    return group
+            if time.monotonic() < deadline:
+                continue
             raise ResourceError(
                 what="nodes in the Ray cluster",
                 need=_sum_resources(bundles),
@@ -219,7 +259,6 @@ class RayCluster:
                 + f" in all on {len(self.nodes())} nodes, part of it in use",
                 hint="add nodes, or lower --expert-groups or --routers",
             )
-        return group
 
     def spawn(
         self,
@@ -252,13 +291,14 @@ class RayCluster:
         else:
             strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
         try:
-            handle = actor_class.options(
-                name=name,
-                num_cpus=1 if bundle is not None else 0,
-                max_restarts=0,
-                max_task_retries=0,
-                scheduling_strategy=strategy,
-            ).remote(*args)
+            with self.guard():
+                handle = actor_class.options(
+                    name=name,
+                    num_cpus=1 if bundle is not None else 0,
+                    max_restarts=0,
+                    max_task_retries=0,
+                    scheduling_strategy=strategy,
+                ).remote(*args)
         except ValueError as error:
             raise ConfigurationError(
                 "cluster.namespace",
@@ -297,7 +337,10 @@ class RayCluster:
         deadline = time.monotonic() + timeout_s
         while pending:
             left = deadline - time.monotonic()
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, left))
+            with self.guard():
+                done, _ = ray.wait(list(pending), num_returns=1, timeout=WAIT_S)
+            if not done and left > 0:
+                continue
             if not done:
                 raise DeadlineExceededError(f"{what} ({', '.join(pending.values())})", timeout_s)
             name = pending.pop(done[0])
@@ -326,63 +369,34 @@ class RayCluster:
         if references:
             ray.wait(list(references.values()), num_returns=len(references), timeout=timeout_s)
 
-    def first_finished(self, references: Mapping[str, Any], timeout_s: float) -> str | None:
-        """Return the name of a call that finished or failed, or None after `timeout_s`."""
+    def first_finished(self, references: Mapping[str, Any]) -> str | None:
+        """Return the name of a call that finished or failed, or None after `WAIT_S`."""
         import ray
 
         names = {reference: name for name, reference in references.items()}
-        done, _ = ray.wait(list(names), num_returns=1, timeout=timeout_s)
+        with self.guard():
+            done, _ = ray.wait(list(names), num_returns=1, timeout=WAIT_S)
         return names[done[0]] if done else None
 
-    def record_processes(self) -> None:
-        """Note the private cluster's processes, for the watchdog and for `close`."""
-        if not self.is_private or self.watchdog is None or self.watchdog.stdin is None:
-            return
-        for process in psutil.Process().children(recursive=True):
-            started = start_time(process.pid)
-            if process.pid == self.watchdog.pid or started is None:
-                continue
-            if self.processes.get(process.pid) != started:
-                self.processes[process.pid] = started
-                with contextlib.suppress(BrokenPipeError):
-                    self.watchdog.stdin.write(f"{process.pid} {started}\n")
-                    self.watchdog.stdin.flush()
-
-    def _record_until(self, is_up: threading.Event) -> None:
-        """Record processes while Ray starts: `serve` may be killed at any moment."""
-        while not is_up.wait(RECORD_INTERVAL_S):
-            self.record_processes()
-
     def close(self) -> None:
-        """End our actors and reservations; a private cluster ends whole. Never raises."""
+        """End our actors and reservations and disconnect. Never raises."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        self.record_processes()
-        if ray.is_initialized():
-            for actor in self.actors:
-                with contextlib.suppress(Exception):
-                    ray.kill(actor.handle)
+        if not ray.is_initialized():
+            return
+        for actor in self.actors:
+            with contextlib.suppress(Exception):
+                ray.kill(actor.handle)
+        if not self.is_private:
             for group in self.groups:
                 with contextlib.suppress(Exception):
                     remove_placement_group(group)
-            ray.shutdown()
-        if not self.is_private:
-            return
-        deadline = time.monotonic() + EXIT_TIMEOUT_S
-        for pid, started in self.processes.items():
-            if start_time(pid) == started:
-                with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-                    psutil.Process(pid).wait(max(0.0, deadline - time.monotonic()))
-        killed = kill_all(self.processes)
-        if killed:
-            log.warning("ray_processes_killed pids=%s", killed)
-        if self.watchdog is not None:
-            if self.watchdog.stdin is not None:
-                self.watchdog.stdin.close()
-            self.watchdog.wait(EXIT_TIMEOUT_S)
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        ray.shutdown()
+
+
+def _log_level(verbose: bool) -> int:
+    return logging.INFO if verbose else logging.ERROR
 
 
 def _check_reachable(address: str) -> None:

@@ -1,0 +1,277 @@
+"""The command line `expertmesh`. Parses, calls, prints; decides nothing else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from cluster.config import describe, flatten, load_config, to_json_schema
+from cluster.console import errors_exit, out_console, print_json, table
+
+app = typer.Typer(
+    name="expertmesh",
+    help="Serve Qwen3.5 mixture-of-experts models from a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Show, check and describe the configuration.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+
+def _setting(path: str, *names: str, panel: str) -> Any:
+    return typer.Option(*names, help=describe(path), rich_help_panel=panel, show_default=False)
+
+
+Checkpoint = Annotated[
+    str | None, typer.Argument(help=describe("model.checkpoint"), show_default=False)
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML or JSON file with these settings.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Url = Annotated[str, typer.Option("--url", help="host:port of a router.")]
+DEFAULT_URL = "127.0.0.1:50051"
+
+ServedName = Annotated[
+    str | None, _setting("model.served_model_name", "--served-model-name", panel="Model")
+]
+DType = Annotated[
+    Literal["float32", "bfloat16"] | None, _setting("model.dtype", "--dtype", panel="Model")
+]
+MaxModelLen = Annotated[
+    int | None, _setting("model.max_model_len", "--max-model-len", panel="Model")
+]
+Groups = Annotated[str | None, _setting("experts.groups", "--expert-groups", panel="Experts")]
+Transport = Annotated[
+    Literal["auto", "lane", "grpc"] | None,
+    _setting("experts.transport", "--expert-transport", panel="Experts"),
+]
+Compute = Annotated[
+    Literal["auto", "native", "deepspeed", "torch"] | None,
+    _setting("experts.compute", "--expert-compute", panel="Experts"),
+]
+ExpertThreads = Annotated[
+    int | None, _setting("experts.threads", "--expert-threads", panel="Experts")
+]
+Routers = Annotated[int | None, _setting("router.count", "--routers", panel="Router")]
+Host = Annotated[str | None, _setting("router.host", "--host", panel="Router")]
+Port = Annotated[int | None, _setting("router.port", "--port", panel="Router")]
+TrunkOps = Annotated[
+    Literal["auto", "native", "torch"] | None,
+    _setting("router.trunk_ops", "--trunk-ops", panel="Router"),
+]
+RouterThreads = Annotated[
+    int | None, _setting("router.threads", "--router-threads", panel="Router")
+]
+MaxNumSeqs = Annotated[
+    int | None, _setting("engine.max_num_seqs", "--max-num-seqs", panel="Engine")
+]
+MaxNumBatchedTokens = Annotated[
+    int | None,
+    _setting("engine.max_num_batched_tokens", "--max-num-batched-tokens", panel="Engine"),
+]
+MaxQueued = Annotated[int | None, _setting("engine.max_queued", "--max-queued", panel="Engine")]
+BlockSize = Annotated[int | None, _setting("engine.block_size", "--block-size", panel="Engine")]
+NumKvBlocks = Annotated[
+    int | None, _setting("engine.num_kv_blocks", "--num-kv-blocks", panel="Engine")
+]
+KvCacheGib = Annotated[
+    float | None, _setting("engine.kv_cache_gib", "--kv-cache-gib", panel="Engine")
+]
+RayAddress = Annotated[
+    str | None, _setting("cluster.ray_address", "--ray-address", panel="Cluster")
+]
+Namespace = Annotated[str | None, _setting("cluster.namespace", "--namespace", panel="Cluster")]
+StartTimeout = Annotated[
+    float | None, _setting("cluster.start_timeout_s", "--start-timeout", panel="Cluster")
+]
+ShutdownTimeout = Annotated[
+    float | None, _setting("cluster.shutdown_timeout_s", "--shutdown-timeout", panel="Cluster")
+]
+Verbose = Annotated[bool | None, _setting("cluster.verbose", "--verbose", panel="Cluster")]
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint = None,
+    expert_groups: Groups = None,
+    routers: Routers = None,
+    host: Host = None,
+    port: Port = None,
+    served_model_name: ServedName = None,
+    dtype: DType = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    max_queued: MaxQueued = None,
+    block_size: BlockSize = None,
+    num_kv_blocks: NumKvBlocks = None,
+    kv_cache_gib: KvCacheGib = None,
+    expert_transport: Transport = None,
+    expert_compute: Compute = None,
+    expert_threads: ExpertThreads = None,
+    trunk_ops: TrunkOps = None,
+    router_threads: RouterThreads = None,
+    ray_address: RayAddress = None,
+    namespace: Namespace = None,
+    start_timeout: StartTimeout = None,
+    shutdown_timeout: ShutdownTimeout = None,
+    verbose: Verbose = None,
+    config: ConfigFile = None,
+) -> None:
+    """Serve a checkpoint until SIGTERM; prints `ready grpc=HOST:PORT ...` when it answers."""
+    from cluster.foreground import run_service
+
+    with errors_exit():
+        loaded = load_config(
+            {
+                "model.checkpoint": checkpoint,
+                "model.served_model_name": served_model_name,
+                "model.dtype": dtype,
+                "model.max_model_len": max_model_len,
+                "experts.groups": expert_groups,
+                "experts.transport": expert_transport,
+                "experts.compute": expert_compute,
+                "experts.threads": expert_threads,
+                "router.count": routers,
+                "router.host": host,
+                "router.port": port,
+                "router.trunk_ops": trunk_ops,
+                "router.threads": router_threads,
+                "engine.max_num_seqs": max_num_seqs,
+                "engine.max_num_batched_tokens": max_num_batched_tokens,
+                "engine.max_queued": max_queued,
+                "engine.block_size": block_size,
+                "engine.num_kv_blocks": num_kv_blocks,
+                "engine.kv_cache_gib": kv_cache_gib,
+                "cluster.ray_address": ray_address,
+                "cluster.namespace": namespace,
+                "cluster.start_timeout_s": start_timeout,
+                "cluster.shutdown_timeout_s": shutdown_timeout,
+                "cluster.verbose": verbose,
+            },
+            os.environ,
+            config,
+        )
+        code = run_service(loaded.config)
+    sys.exit(code)
+
+
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy; unset: the checkpoint's default.")
+]
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens to generate at most.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+@app.command()
+def chat(
+    url: Url = DEFAULT_URL,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = 512,
+    seed: Seed = None,
+) -> None:
+    """Talk to the model. /clear forgets the conversation, /exit leaves."""
+    from cluster.talk import Sampling, run_chat
+
+    with errors_exit():
+        run_chat(url, system, Sampling(temperature, max_tokens, seed))
+
+
+@app.command()
+def complete(
+    prompt: Annotated[str | None, typer.Argument(help="Text; - or nothing reads stdin.")] = None,
+    url: Url = DEFAULT_URL,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = 128,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text; streams to stdout."""
+    from cluster.talk import Sampling, run_complete
+
+    with errors_exit():
+        text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
+        run_complete(url, text, Sampling(temperature, max_tokens, seed), as_json=as_json)
+
+
+@app.command()
+def status(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
+    """Show routers and expert groups of a running service."""
+    from cluster.status import ask_status, print_status, status_document
+
+    with errors_exit():
+        answer = ask_status(url)
+        if as_json:
+            print_json(status_document(answer))
+        else:
+            print_status(answer)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: what is missing, and what to do about it."""
+    from cluster.doctor import FAIL, examine_machine, print_checks
+
+    checks = examine_machine()
+    if as_json:
+        print_json([check.document() for check in checks])
+    else:
+        print_checks(checks)
+    sys.exit(3 if any(check.state == FAIL for check in checks) else 0)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    print(f"expertmesh {installed('expertmesh')}")
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Show every setting, its value, and where it comes from."""
+    with errors_exit():
+        loaded = load_config(env=os.environ, file=config)
+        values = flatten(loaded.config)
+        if as_json:
+            print_json({k: {"value": v, "origin": loaded.origins[k]} for k, v in values.items()})
+            return
+        rows = table("", "setting", "value", "origin")
+        for path, value in values.items():
+            rows.add_row(path, "unset" if value is None else str(value), loaded.origins[path])
+        out_console().print(rows)
+
+
+@config_app.command("check")
+def config_check(config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Check a file and the environment; exit code 3 and a list of mistakes if they are wrong."""
+    with errors_exit():
+        load_config(env=os.environ, file=config)
+        if as_json:
+            print_json({"ok": True})
+        else:
+            print("ok")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a configuration file."""
+    print_json(to_json_schema())
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""What runs in the process of a router: trunk, dispatcher, engine and gateway, wired together.
+
+load   config -> ops -> trunk weights, while the groups load their experts
+start  dispatcher -> decoder -> engine -> gateway on its port
+drain  the gateway says NOT_SERVING, the engine takes nothing new, what runs ends
+stop   the port closes, the engine ends, the groups' connections close
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from torch import Tensor
+
+from cluster.config import Config, EngineSection
+from cluster.kv_budget import plan_kv_blocks
+from cluster.members import GroupMember, ProcessFacts, RouterStart
+from cluster.service import ClusterServicer
+from experts.native.kernels import Kernels, load_kernels
+from experts.placement import Placement
+from experts.weights import SafetensorsCheckpoint
+from protos.errors import InternalError
+from protos.v1 import cluster_pb2, cluster_pb2_grpc
+from router.engine.batch import Batch
+from router.engine.engine import Engine, EngineConfig
+from router.gateway.defaults import SamplingDefaults
+from router.gateway.delivery import LoopDelivery
+from router.gateway.gating import GatingServicer
+from router.gateway.generation import GenerationServicer, ServedModel
+from router.gateway.server import (
+    GatewayOptions,
+    GatewayThread,
+    Service,
+    gating_service,
+    generation_service,
+)
+from router.gateway.text import TextProcessor
+from router.gating.dispatch import ExpertDispatcher
+from router.gating.gate import Gate
+from router.model.config import ModelConfig
+from router.model.decoder import Caches, Decoder
+from router.model.memory import estimate_memory
+from router.model.ops import Ops, choose_ops
+from router.model.weights import TrunkWeights, load_trunk
+
+log = logging.getLogger(__name__)
+
+DRAIN_POLL_S = 0.05
+LEAVE_DELAY_S = 0.2
+"""Between the answer to `Drain` and the end of the process, so that the answer gets out."""
+
+
+class ServedDecoder:
+    """The decoder as the engine sees it, with the time that it waited for experts."""
+
+    def __init__(self, decoder: Decoder, dispatcher: ExpertDispatcher | None) -> None:
+        self._decoder = decoder
+        self._dispatcher = dispatcher
+
+    @property
+    def dispatch_s(self) -> float:
+        """Seconds spent waiting for expert groups since the start."""
+        return self._dispatcher.dispatch_s if self._dispatcher is not None else 0.0
+
+    def allocate_caches(self, num_blocks: int, block_size: int, num_state_slots: int) -> Caches:
+        """See `Decoder.allocate_caches`."""
+        return self._decoder.allocate_caches(num_blocks, block_size, num_state_slots)
+
+    def forward(self, batch: Batch, caches: Caches) -> Tensor:
+        """See `Decoder.forward`."""
+        return self._decoder.forward(batch, caches)
+
+
+class RouterProcess:
+    """One router. The constructor imports torch (by this file's imports) and reads nothing."""
+
+    def __init__(self, router_id: str, config: Config) -> None:
+        self.router_id = router_id
+        self._config = config
+        self._path = Path(config.model.checkpoint)
+        self._state = "STARTING"
+        self._ended = threading.Event()
+        self._failure = ""
+        self._address = ""
+        self._members: tuple[GroupMember, ...] = ()
+        self._routers: dict[str, str] = {}
+        self._placement: Placement | None = None
+        self._dispatcher: ExpertDispatcher | None = None
+        self._gating: GatingServicer | None = None
+        self._gating_dispatcher: ExpertDispatcher | None = None
+        self._gateway: GatewayThread | None = None
+        self._engine: Engine | None = None
+
+    def facts(self, node_id: str, address: str) -> ProcessFacts:
+        """Return where this process runs."""
+        cores = len(os.sched_getaffinity(0))
+        return ProcessFacts(node_id=node_id, address=address, pid=os.getpid(), cores=cores)
+
+    def load(self, dtype: str, max_model_len: int, threads: int) -> int:
+        """Load the trunk.
+
+        Args:
+            dtype: Of matrices and KV cache.
+            max_model_len: Most tokens of a sequence.
+            threads: Threads of the trunk's kernels.
+
+        Returns:
+            The trunk's bytes.
+
+        Raises:
+            ExpertMeshError: From the checkpoint or the kernels.
+        """
+        torch.set_num_threads(threads)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._max_model_len = max_model_len
+        self._model = ModelConfig.from_checkpoint(self._path)
+        self._text = TextProcessor.from_checkpoint(self._path)
+        self._defaults = SamplingDefaults.from_checkpoint(self._path)
+        self._ops: Ops = choose_ops(self._dtype, torch.device("cpu"), self._config.router.trunk_ops)
+        with SafetensorsCheckpoint(self._path) as checkpoint:
+            self._weights: TrunkWeights = load_trunk(
+                checkpoint, self._model, self._ops, self._dtype
+            )
+            self._gate = self._read_gate(checkpoint)
+        return estimate_memory(self._model, self._dtype).trunk_bytes
+
+    def start(self, start: RouterStart) -> str:
+        """Connect to the groups, start the engine and open the port; return its address.
+
+        Raises:
+            GroupLostError: A group cannot be reached.
+            ConfigurationError: The port is taken.
+            ResourceError: The KV cache does not fit.
+        """
+        self._model_name = start.model_name
+        self._members = start.groups
+        if start.placement_json is not None:
+            self._placement = Placement.from_json(start.placement_json)
+            kernels = load_kernels() if self._ops.name == "native" else None
+            self._dispatcher = self._connect(start, kernels)
+        decoder = Decoder(self._model, self._weights, self._ops, self._dispatcher)
+        delivery = LoopDelivery()
+        engine = Engine(
+            ServedDecoder(decoder, self._dispatcher),
+            self._engine_config(decoder, start.num_routers_here),
+            deliver=delivery,
+        )
+        self._engine = engine
+        self._gateway = GatewayThread(
+            self._services(start, engine),
+            GatewayOptions(host=start.host, port=start.port),
+            delivery,
+        )
+        engine.start()
+        self._address = self._gateway.start()
+        self._state = "READY"
+        self._routers = {self.router_id: self._address}
+        log.info("router_ready router=%s address=%s", self.router_id, self._address)
+        return self._address
+
+    def set_members(self, members: list[GroupMember], routers: dict[str, str]) -> None:
+        """Learn who else serves."""
+        self._members = tuple(members)
+        self._routers = dict(routers)
+
+    def wait(self) -> None:
+        """Block until this router ended.
+
+        Raises:
+            InternalError: It ended by a fault.
+        """
+        self._ended.wait()
+        if self._failure:
+            raise InternalError(self._failure)
+
+    def drain(self, timeout_s: float) -> int:
+        """Take nothing new and wait for what runs; return how many requests are left."""
+        engine, gateway = self._engine, self._gateway
+        if engine is None or gateway is None:
+            return 0
+        self._state = "DRAINING"
+        gateway.set_serving(False)
+        engine.drain()
+        deadline = time.monotonic() + timeout_s
+        pause = threading.Event()
+        while (left := _live_requests(engine)) and time.monotonic() < deadline:
+            pause.wait(DRAIN_POLL_S)
+        log.info("router_drained router=%s left=%d", self.router_id, left)
+        return left
+
+    def stop(self) -> None:
+        """End the router. Streams that still run end with UNAVAILABLE."""
+        if self._engine is not None:
+            self._engine.stop(drain=False)
+        if self._gateway is not None:
+            self._gateway.stop(STREAM_END_S)
+        if self._gating is not None:
+            self._gating.close()
+        for dispatcher in (self._dispatcher, self._gating_dispatcher):
+            if dispatcher is not None:
+                dispatcher.close()
+        self._ended.set()
+
+    # What `ClusterServicer` asks.
+
+    def status(self) -> cluster_pb2.RouterStatus:
+        """Return this router's figures."""
+        assert self._engine is not None  # the port opens after the engine exists
+        stats = self._engine.stats()
+        return cluster_pb2.RouterStatus(
+            router_id=self.router_id,
+            state=self._state,
+            grpc_address=self._routers.get(self.router_id, self._address),
+            requests_running=stats.num_running,
+            requests_waiting=stats.num_waiting,
+            kv_blocks_used=stats.num_blocks_used,
+            kv_blocks_total=stats.num_blocks,
+            state_slots_used=stats.num_state_slots_used,
+            state_slots_total=stats.num_state_slots,
+            prompt_tokens=stats.prompt_tokens,
+            generation_tokens=stats.generation_tokens,
+            preemptions=stats.preemptions,
+            steps=stats.steps,
+            step_s=stats.step_s,
+            dispatch_s=stats.dispatch_s,
+            pid=os.getpid(),
+            trunk_ops=_ops_name(self._ops),
+        )
+
+    def service_status(self) -> cluster_pb2.ClusterStatus:
+        """Return what is the same for every router."""
+        return cluster_pb2.ClusterStatus(
+            model=self._model_name,
+            dtype=str(self._dtype).removeprefix("torch."),
+            placement_epoch=self._placement.epoch if self._placement else 0,
+            max_model_len=self._max_model_len,
+        )
+
+    def group_members(self) -> tuple[GroupMember, ...]:
+        """Return the expert groups."""
+        return self._members
+
+    def router_addresses(self) -> Mapping[str, str]:
+        """Return the address of every router."""
+        return self._routers
+
+    def transport_of(self, group_id: str) -> str:
+        """Return how this router reaches the group."""
+        transports = self._dispatcher.transports if self._dispatcher is not None else ()
+        return next((t.name for t in transports if t.group_id == group_id), "")
+
+    def placement(self) -> Placement | None:
+        """Return the placement in force."""
+        return self._placement
+
+    def load_counts(self) -> npt.NDArray[np.int64]:
+        """Return `[num_layers, num_experts]` pairs dispatched by this router."""
+        if self._dispatcher is None:
+            return np.zeros((self._model.num_layers, self._model.num_experts), np.int64)
+        return self._dispatcher.load.snapshot()
+
+    def expert_bytes(self) -> int:
+        """Return the bytes of one expert."""
+        return estimate_memory(self._model, self._dtype).expert_bytes
+
+    async def drain_and_leave(self, timeout_s: float) -> int:
+        """Drain, then end the process a moment after the answer."""
+        loop = asyncio.get_running_loop()
+        left = await loop.run_in_executor(None, self.drain_from_loop, timeout_s)
+        threading.Timer(LEAVE_DELAY_S, self._ended.set).start()
+        return left
+
+    def drain_from_loop(self, timeout_s: float) -> int:
+        """Drain from a worker thread of the gateway's loop."""
+        return self.drain(timeout_s)
+
+    def _connect(self, start: RouterStart, kernels: Kernels | None) -> ExpertDispatcher:
+        assert self._placement is not None
+        return ExpertDispatcher.connect(
+            self._placement,
+            start.group_addresses,
+            router_id=self.router_id,
+            hidden=self._model.hidden_size,
+            top_k=self._model.top_k,
+            dtype=self._dtype,
+            transport=self._config.experts.transport,
+            kernels=kernels,
+        )
+
+    def _engine_config(self, decoder: Decoder, num_routers_here: int) -> EngineConfig:
+        section: EngineSection = self._config.engine
+        state_bytes = decoder.state_bytes_per_slot * section.max_num_seqs
+        free = psutil.virtual_memory().available / num_routers_here - state_bytes
+        num_blocks = plan_kv_blocks(
+            section,
+            block_bytes=decoder.kv_bytes_per_block(section.block_size),
+            max_model_len=self._max_model_len,
+            free_bytes=free,
+        )
+        return EngineConfig(
+            vocab_size=self._model.vocab_size,
+            max_model_len=self._max_model_len,
+            num_blocks=num_blocks,
+            num_state_slots=section.max_num_seqs,
+            block_size=section.block_size,
+            max_num_seqs=section.max_num_seqs,
+            max_num_batched_tokens=section.max_num_batched_tokens,
+            max_queued=section.max_queued,
+            eos_token_ids=self._model.eos_token_ids,
+        )
+
+    def _services(self, start: RouterStart, engine: Engine) -> list[Service]:
+        served = ServedModel(
+            name=start.model_name,
+            model_type=self._model.model_type,
+            max_model_len=self._max_model_len,
+            vocab_size=self._model.vocab_size,
+            dtype=str(self._dtype).removeprefix("torch."),
+        )
+        services = [
+            generation_service(GenerationServicer(engine, self._text, served, self._defaults)),
+            Service(
+                cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
+                ClusterServicer(self),
+                cluster_pb2_grpc.add_ClusterServiceServicer_to_server,
+            ),
+        ]
+        if self._placement is not None:
+            # A dispatcher has one call in flight: the service's own keeps it off the engine's.
+            self._gating_dispatcher = self._connect(start, None)
+            self._gating = GatingServicer(self._gate, self._gating_dispatcher, start.model_name)
+            services.append(gating_service(self._gating))
+        return services
+
+    def _read_gate(self, checkpoint: SafetensorsCheckpoint) -> Gate:
+        """Read the gate weights once more, unpacked, for `GatingService`."""
+        layers = range(self._model.num_layers if self._model.is_moe else 0)
+        weights = {
+            layer_id: checkpoint.get(f"layers.{layer_id}.mlp.gate.weight", dtype=self._dtype)
+            for layer_id in layers
+        }
+        return Gate(weights, self._model.top_k)
+
+
+STREAM_END_S = 1.0
+"""How long the gateway gets to tell the clients of cut streams what happened."""
+
+
+def _live_requests(engine: Engine) -> int:
+    stats = engine.stats()
+    return stats.num_running + stats.num_waiting
+
+
+def _ops_name(ops: Ops) -> str:
+    if ops.name != "native":
+        return ops.name
+    kernels = load_kernels()
+    return f"native-{kernels.isa}" if kernels is not None else ops.name

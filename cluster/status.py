@@ -1,0 +1,125 @@
+"""`expertmesh status`: asks a router and shows the answer."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import grpc
+from google.protobuf.json_format import MessageToDict
+
+from cluster.console import out_console, table
+from cluster.kv_budget import format_bytes
+from protos.errors import from_rpc_error
+from protos.v1 import cluster_pb2, cluster_pb2_grpc
+
+STATUS_TIMEOUT_S = 5.0
+
+
+def ask_status(url: str, timeout_s: float = STATUS_TIMEOUT_S) -> cluster_pb2.ClusterStatus:
+    """Return the status of the service that a router belongs to.
+
+    Raises:
+        ExpertMeshError: Not reachable, or what the router answered.
+    """
+    with grpc.insecure_channel(url) as channel:
+        try:
+            answer = cluster_pb2_grpc.ClusterServiceStub(channel).GetStatus(
+                cluster_pb2.GetStatusRequest(), timeout=timeout_s
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+    return cast(cluster_pb2.ClusterStatus, answer)
+
+
+def status_document(status: cluster_pb2.ClusterStatus) -> dict[str, Any]:
+    """Return the status as plain JSON types, every field present, 64-bit counts as numbers."""
+    document = MessageToDict(
+        status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return cast(dict[str, Any], _numbers(document, status))
+
+
+def dispatch_share(router: cluster_pb2.RouterStatus) -> float:
+    """Return the part of the steps' time that a router waited for expert groups."""
+    return router.dispatch_s / router.step_s if router.step_s else 0.0
+
+
+def print_status(status: cluster_pb2.ClusterStatus) -> None:
+    """Print the status as tables."""
+    console = out_console()
+    console.print(
+        f"{status.model}  {status.dtype}  window {status.max_model_len} tokens"
+        f"  placement epoch {status.placement_epoch}",
+        markup=False,
+    )
+    routers = table(
+        "routers",
+        "id",
+        "state",
+        "address",
+        ">running",
+        ">waiting",
+        ">kv blocks",
+        ">steps",
+        ">tokens out",
+        ">dispatch",
+        "ops",
+    )
+    for router in status.routers:
+        routers.add_row(
+            router.router_id,
+            router.state,
+            router.grpc_address,
+            str(router.requests_running),
+            str(router.requests_waiting),
+            f"{router.kv_blocks_used}/{router.kv_blocks_total}",
+            str(router.steps),
+            str(router.generation_tokens),
+            f"{dispatch_share(router):.0%}",
+            router.trunk_ops,
+        )
+    console.print(routers)
+    if not status.groups:
+        return
+    groups = table(
+        "expert groups",
+        "id",
+        "state",
+        "address",
+        "way",
+        "compute",
+        ">threads",
+        ">experts",
+        ">memory",
+        ">calls",
+        ">pairs",
+        ">busy s",
+    )
+    for group in status.groups:
+        groups.add_row(
+            group.group_id,
+            group.state,
+            group.grpc_address,
+            group.transport,
+            group.compute,
+            str(group.num_threads),
+            str(group.num_experts),
+            format_bytes(group.resident_bytes),
+            str(group.num_calls),
+            str(group.num_pairs),
+            f"{group.busy_s:.2f}",
+        )
+    console.print(groups)
+
+
+def _numbers(document: Any, message: Any) -> Any:
+    """Turn the decimal texts that JSON of protobuf uses for 64-bit integers into numbers."""
+    if isinstance(document, list):
+        return [_numbers(item, part) for item, part in zip(document, message, strict=True)]
+    if not isinstance(document, dict):
+        return document
+    fixed = {}
+    for name, value in document.items():
+        field = getattr(message, name)
+        fixed[name] = int(value) if isinstance(field, int) else _numbers(value, field)
+    return fixed
