@@ -203,7 +203,7 @@ class Engine:
         self._wake = threading.Condition()
         self._live: dict[str, list[Sequence]] = {}
         self._inbox: list[Sequence] = []
-        self._cancelled: list[str] = []
+        self._cancelled: list[Sequence] = []
         self._num_submitted = 0
         self._is_draining = self._is_stopped = False
         self._thread: threading.Thread | None = None
@@ -280,7 +280,8 @@ class Engine:
         with self._wake:
             if request_id not in self._live:
                 return False
-            self._cancelled.append(request_id)
+            # The sequences, not the id: it may be free and taken again before the next step.
+            self._cancelled += self._live[request_id]
             self._wake.notify()
         logger.info("request.cancelled id=%s reason=%s", request_id, reason or "-")
         return True
@@ -410,13 +411,12 @@ class Engine:
         with self._wake:
             submitted, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
-            doomed = [s for request_id in cancelled for s in self._live.get(request_id, ())]
             # Under the lock, so that a submitted sequence is always in the inbox or in the queue.
             for sequence in submitted:
                 self._scheduler.add(sequence)
                 if sequence.request.deadline is not None:
                     self._next_deadline = min(self._next_deadline, sequence.request.deadline)
-        for sequence in doomed:
+        for sequence in cancelled:
             if not sequence.is_finished:
                 self._finish(sequence, self._output(sequence), FinishReason.CANCELLED, now)
 

@@ -38,6 +38,9 @@ _DRAWS_AHEAD = 64
 _DRAWN_ROWS = 32
 """Rows drawn at a time, so that their logits stay in the CPU's cache from pass to pass."""
 
+_LEAST_TEMPERATURE = 1e-30
+"""Still not 0 in float32; no two float32 logits of a model are so close that it matters."""
+
 _FIRST_NUCLEUS = 64
 """Candidates tried first for top-p without top-k; 16 times as many while that is not enough."""
 
@@ -231,6 +234,7 @@ def draw(values: Floats, states: Sequence[SamplerState]) -> Ints:
         for s in states
     ]
     drawing = _Drawing(*np.array(settings, dtype=np.float64).T)
+    np.maximum(drawing.temperature, _LEAST_TEMPERATURE, out=drawing.temperature)
     tokens = np.empty(len(values), dtype=np.int64)
     narrow = (drawing.top_k > 0) | (drawing.top_p < 1.0)
     if narrow.all():
@@ -289,7 +293,8 @@ def _draw_narrow(tokens: Ints, rows: Ints, values: Floats, drawing: _Drawing) ->
         part = picked if len(pending) == len(rows) else picked[pending]
         found = top_candidates(part, counts[pending])
         scaled = (found.values - found.values[:, :1]).astype(np.float64)
-        mass = np.exp(scaled / temperature[pending, None])
+        with np.errstate(over="ignore", under="ignore"):
+            mass = np.exp(scaled / temperature[pending, None])
         cumulative = np.cumsum(mass, axis=1)
         total = np.where(is_open[pending], totals[pending], cumulative[:, -1])
         before = np.zeros_like(mass)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from router.engine.engine import Engine, EngineConfig
 from router.engine.request import EngineRequest, SamplingParams, StepOutput, StoppingParams
@@ -87,3 +89,41 @@ def test_greedy_tokens_equal_the_oracle(
         assert ours == expected.argmax(1).tolist()
         exact = expected.log_softmax(1)[torch.arange(NEW_TOKENS), torch.tensor(ours)]
         assert values == pytest.approx(exact.tolist(), abs=2e-4)
+
+
+class RowExperts(LoopExperts):
+    """Routed experts whose answer for a row cannot depend on the other rows: one row at a time."""
+
+    def dispatch(
+        self, layer_id: int, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        slots = torch.zeros(*topk_ids.shape, rows.shape[1])
+        for token, ids in enumerate(topk_ids.tolist()):
+            row = rows[token : token + 1].clone()
+            for slot, expert_id in enumerate(ids):
+                gate_up, down = self.experts[layer_id, expert_id]
+                gate, up = F.linear(row, gate_up).chunk(2, dim=-1)
+                slots[token, slot] = F.linear(F.silu(gate) * up, down)[0]
+        return slots, topk_weights
+
+
+def test_bits_do_not_depend_on_the_engines_sizes(
+    make_ops: MakeOps, checkpoint: MakeCheckpoint
+) -> None:
+    """Batch mix, chunking and preemption leave log-probabilities bit for bit as they are; with the
+    torch twin, whose matrix products depend on the number of rows, only nearly."""
+    path = checkpoint()
+    ops = make_ops(torch.float32)
+    experts = RowExperts(path, torch.float32)
+    decoder = Decoder.from_checkpoint(path, dtype=torch.float32, ops=ops, experts=experts)
+    vocab_size = decoder.config.vocab_size
+    rng = random.Random(7)
+    prompts = [[rng.randrange(vocab_size) for _ in range(length)] for length in LENGTHS]
+    tokens, logprobs, _ = generate(decoder, prompts, vocab_size, SIZES["roomy"])
+    for name in ("one_at_a_time", "small_chunks", "preempting"):
+        others, other_logprobs, _ = generate(decoder, prompts, vocab_size, SIZES[name])
+        assert others == tokens
+        if ops.name == "native":
+            assert other_logprobs == logprobs
+        for ours, expected in zip(other_logprobs, logprobs, strict=True):
+            assert ours == pytest.approx(expected, abs=1e-4)

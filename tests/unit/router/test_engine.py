@@ -584,6 +584,21 @@ def test_cancel_frees_within_one_step() -> None:
     assert_all_free(engine)
 
 
+def test_a_late_cancel_does_not_hit_the_next_request_of_the_same_id() -> None:
+    first, second = Outputs(), Outputs()
+    model = HashModel(VOCAB)
+    engine = Engine(model, config_of())
+    engine.submit(request_of("a", [1], max_tokens=1), first)
+    model.before_forward = lambda batch: engine.cancel("a")  # type: ignore[assignment]
+    engine.step()
+    model.before_forward = lambda batch: None
+    again = request_of("a", [1], max_tokens=5)
+    engine.submit(again, second)
+    run(engine)
+    assert first.last["a", 0].finish_reason is FinishReason.LENGTH
+    assert_as_expected([again], second)
+
+
 def test_a_deadline_ends_running_and_waiting_sequences() -> None:
     now = 100.0
     outputs = Outputs()

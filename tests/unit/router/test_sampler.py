@@ -226,6 +226,18 @@ def test_minus_infinity_is_an_impossible_token() -> None:
     assert seen == {7, 550}
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-45, 1e-300])
+def test_a_tiny_temperature_draws_one_of_the_most_probable(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 5.0, 5.0, -4.0, -3e38]] * 3)
+    states = [
+        state_of(seed=seed, temperature=temperature, **options)
+        for seed, options in enumerate(({}, {"top_k": 4}, {"top_p": 0.9}))
+    ]
+    samples = sample(logits, states)
+    assert samples.failed_rows == []
+    assert set(samples.token_ids.tolist()) <= {1, 2}
+
+
 def test_logprobs_are_the_models_own() -> None:
     """Before bias and temperature: softmax of (ln 1, ln 2, ln 5) is (1/8, 2/8, 5/8)."""
     logits = torch.log(torch.tensor([[1.0, 2.0, 5.0]]))
