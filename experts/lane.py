@@ -27,7 +27,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experts.runtime import MAX_FRAME_BYTES, ExpertRuntime
+from experts.calls import MAX_FRAME_BYTES
+from experts.runtime import ExpertRuntime
 from protos.codec import (
     FRAME_VERSION,
     HEADER_BYTES,

@@ -20,8 +20,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -29,74 +27,34 @@ import numpy.typing as npt
 import torch
 
 from experts import device
+from experts.calls import CallReader, culprit
 from experts.compute import ExpertCompute, ExpertShape, NotResidentError
 from experts.compute_choice import choose_compute
 from experts.finite import all_finite
+from experts.group_state import GroupState, GroupStatus
 from experts.load import LoadCounters
 from experts.placement import Placement
 from experts.weights import SafetensorsCheckpoint
 from protos.codec import (
-    HEADER_BYTES,
-    Combine,
-    DType,
     FrameHeader,
     FrameKind,
-    dtype_of_torch,
-    result_payload_bytes,
 )
 from protos.errors import (
     ConfigurationError,
     DeadlineExceededError,
     GroupComputeError,
     InvalidFieldError,
-    MessageTooLargeError,
-    NonFiniteError,
     NotReadyError,
     ResourceError,
     StalePlacementError,
-    WireFormatError,
 )
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""Bound of a gRPC message between a router and a group."""
-MAX_FRAME_BYTES = MAX_MESSAGE_BYTES - 64
-"""Bound of a frame, header included; the rest is the message's field prefix."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 ExpertKeys = Iterable[tuple[int, int]]
 """`(layer_id, expert_id)`."""
-
-
-class GroupState(StrEnum):
-    """What a group is doing."""
-
-    STARTING = "STARTING"
-    LOADING = "LOADING"
-    READY = "READY"
-    DRAINING = "DRAINING"
-    FAILED = "FAILED"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupStatus:
-    """What a group says of itself; the fields of `GetStateResponse` that are not the server's."""
-
-    group_id: str
-    state: GroupState
-    failure: str
-    placement_epoch: int
-    layers: dict[int, list[int]]
-    compute: str
-    num_threads: int
-    resident_bytes: int
-    capacity_bytes: int
-    num_calls: int
-    num_rows: int
-    num_pairs: int
-    busy_s: float
-    dtype: str
 
 
 class ExpertRuntime:
@@ -136,7 +94,6 @@ class ExpertRuntime:
         self._checkpoint_path = Path(checkpoint)
         self._compute_choice = compute
         self._dtype = DTYPES[dtype]
-        self._wire_dtype = dtype_of_torch(self._dtype)
         self._capacity_bytes = capacity_bytes
         self._compute_lock = threading.Lock()
         self._control_lock = threading.Lock()
@@ -147,6 +104,7 @@ class ExpertRuntime:
         self._shape: ExpertShape | None = None
         self._compute: ExpertCompute | None = None
         self._counters: LoadCounters | None = None
+        self._reader: CallReader | None = None
         self._num_calls = self._num_rows = self._num_pairs = 0
         self._busy_s = 0.0
 
@@ -187,6 +145,14 @@ class ExpertRuntime:
                 raise
             self._enter(GroupState.READY)
 
+    def adopt(self, shape: ExpertShape, compute: ExpertCompute, epoch: int) -> None:
+        """Answer forwards from `compute`, which holds its experts; `load` does this last."""
+        with self._compute_lock:
+            self._shape, self._compute = shape, compute
+            self._counters = LoadCounters(shape.num_layers, shape.num_experts)
+            self._reader = CallReader(shape)
+            self._epoch = epoch
+
     def drain(self) -> None:
         """Take no new lanes or streams; calls on open ones are still answered."""
         if self._state is GroupState.READY:
@@ -217,10 +183,10 @@ class ExpertRuntime:
             NotReadyError: No weights yet.
         """
         arrived_s = time.perf_counter()
-        compute, counters = self._compute, self._counters
-        if compute is None or counters is None or self._epoch == 0:
+        compute, counters, reader = self._compute, self._counters, self._reader
+        if compute is None or counters is None or reader is None:
             raise NotReadyError(f"group {self.group_id} is {self._state}")
-        rows, pair_row, pair_expert, pair_weight = self._views(header, payload)
+        rows, pair_row, pair_expert, pair_weight = reader.views(header, payload)
         layer_id, combine = header.layer_id, header.combine
         with self._compute_lock:
             started_s = time.perf_counter()
@@ -248,7 +214,7 @@ class ExpertRuntime:
             self._num_pairs += header.num_pairs
             self._busy_s += compute_s
         if not all_finite(out):
-            raise self._non_finite(layer_id, rows, pair_row, pair_expert, out, combine)
+            raise culprit(layer_id, rows, pair_row, pair_expert, out, combine)
         result = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         answer = FrameHeader(
             kind=FrameKind.RESULT,
@@ -401,10 +367,7 @@ class ExpertRuntime:
             self._require_room(needed, self._capacity_bytes)
             compute = choose_compute(shape, self._compute_choice, self.num_threads)
             self._fill(checkpoint, compute, mine)
-        with self._compute_lock:
-            self._shape, self._compute = shape, compute
-            self._counters = LoadCounters(shape.num_layers, shape.num_experts)
-            self._epoch = placement.epoch
+        self.adopt(shape, compute, placement.epoch)
         log.info(
             "event=group_loaded group=%s experts=%d bytes=%d compute=%s epoch=%d seconds=%.2f",
             self.group_id,
@@ -428,73 +391,6 @@ class ExpertRuntime:
                 layer_id, expert_ids, self._dtype
             ):
                 compute.load(layer_id, expert_id, gate_up, down)
-
-    def _views(
-        self, header: FrameHeader, payload: bytearray | memoryview
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return rows, pair rows, experts and weights as views of the payload, in range."""
-        shape = self._shape
-        assert shape is not None
-        num_rows, hidden, num_pairs = header.num_rows, header.hidden, header.num_pairs
-        if header.kind is not FrameKind.FORWARD:
-            raise WireFormatError(f"kind {int(header.kind)}, expected a forward (1)")
-        if header.layer_id >= shape.num_layers:
-            raise WireFormatError(f"layer_id {header.layer_id}: the model has {shape.num_layers}")
-        if hidden != shape.hidden_size:
-            raise WireFormatError(
-                f"rows of {hidden}: the model's hidden size is {shape.hidden_size}"
-            )
-        if header.dtype != self._wire_dtype:
-            raise WireFormatError(
-                f"rows of {DType(header.dtype).name}: the group computes in {self._wire_dtype.name}"
-            )
-        result_bytes = result_payload_bytes(
-            num_rows, hidden, num_pairs, header.dtype, header.combine
-        )
-        if result_bytes > MAX_FRAME_BYTES - HEADER_BYTES:
-            raise MessageTooLargeError(result_bytes + HEADER_BYTES, MAX_FRAME_BYTES)
-        if num_pairs == 0 or num_rows == 0:
-            if num_pairs:
-                raise WireFormatError(f"{num_pairs} pairs on no rows")
-            none = torch.empty(0, dtype=torch.int32)
-            rows = torch.zeros(num_rows, hidden, dtype=self._dtype)
-            return rows, none, none, torch.empty(0)
-        pair_row = torch.frombuffer(payload, dtype=torch.int32, count=num_pairs)
-        pair_expert = torch.frombuffer(
-            payload, dtype=torch.int32, count=num_pairs, offset=4 * num_pairs
-        )
-        pair_weight = torch.frombuffer(
-            payload, dtype=torch.float32, count=num_pairs, offset=8 * num_pairs
-        )
-        rows = torch.frombuffer(
-            payload, dtype=self._dtype, count=num_rows * hidden, offset=12 * num_pairs
-        ).view(num_rows, hidden)
-        # As unsigned numbers, negative ids are too large: one maximum checks both ends.
-        largest = int(pair_row.numpy().view(np.uint32).max())
-        if largest >= num_rows:
-            raise WireFormatError(f"pair_row {np.int64(largest)}: the frame has {num_rows} rows")
-        largest = int(pair_expert.numpy().view(np.uint32).max())
-        if largest >= shape.num_experts:
-            raise WireFormatError(f"pair_expert {largest}: the model has {shape.num_experts}")
-        return rows, pair_row, pair_expert, pair_weight
-
-    def _non_finite(
-        self,
-        layer_id: int,
-        rows: torch.Tensor,
-        pair_row: torch.Tensor,
-        pair_expert: torch.Tensor,
-        out: torch.Tensor,
-        combine: Combine,
-    ) -> NonFiniteError:
-        """Say whose fault it is: the caller's rows or an expert's output."""
-        bad = int((~torch.isfinite(out).all(dim=1)).nonzero()[0])
-        row = int(pair_row[bad]) if combine is Combine.SLOTS else bad
-        if not all_finite(rows[row].contiguous()):
-            return NonFiniteError(f"row {row} of the call", layer_id)
-        if combine is Combine.SLOTS:
-            return NonFiniteError(f"the output of expert {int(pair_expert[bad])}", layer_id)
-        return NonFiniteError(f"the sum for row {row}", layer_id)
 
     def _enter(self, state: GroupState) -> None:
         self._state = state

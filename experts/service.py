@@ -23,8 +23,10 @@ from grpc_health.v1 import (  # type: ignore[import-untyped]
     health_pb2_grpc,
 )
 
+from experts.calls import MAX_MESSAGE_BYTES
+from experts.group_state import GroupState
 from experts.lane import LaneServer
-from experts.runtime import MAX_MESSAGE_BYTES, ExpertRuntime, GroupState
+from experts.runtime import ExpertRuntime
 from protos.codec import (
     FrameHeader,
     FrameKind,
@@ -38,6 +40,7 @@ from protos.errors import (
     ExpertMeshError,
     InternalError,
     InvalidFieldError,
+    MessageTooLargeError,
     NotReadyError,
     ResourceError,
 )
@@ -173,7 +176,10 @@ class ExpertServicer:
         except Exception as error:  # the RPC boundary
             log.exception("event=forward_failed group=%s", self._runtime.group_id)
             return _error_message(call_id, InternalError(type(error).__name__))
-        return encode_frame_field(b"".join((pack_header(answer), result)))
+        message = encode_frame_field(b"".join((pack_header(answer), result)))
+        if len(message) > MAX_MESSAGE_BYTES:
+            return _error_message(call_id, MessageTooLargeError(len(message), MAX_MESSAGE_BYTES))
+        return message
 
     def _require_open(self) -> None:
         state = self._runtime.state

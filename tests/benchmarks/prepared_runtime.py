@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from experts.compute import ExpertShape
-from experts.load import LoadCounters
+from experts.group_state import GroupState
 from experts.placement import Placement
-from experts.runtime import ExpertRuntime, GroupState
+from experts.runtime import ExpertRuntime
 from protos.codec import Combine
 
 MAX_PAIRS = 4096
@@ -51,16 +51,14 @@ class PreparedRuntime(ExpertRuntime):
     def __init__(self, group_id: str, placement: Placement, hidden: int) -> None:
         super().__init__(group_id=group_id, checkpoint="", dtype="bfloat16")
         compute: Any = PreparedCompute(hidden)
-        self._shape = ExpertShape(
+        shape = ExpertShape(
             num_layers=placement.num_layers,
             num_experts=placement.num_experts,
             hidden_size=hidden,
             intermediate_size=1,
             dtype=torch.bfloat16,
         )
-        self._compute = compute
-        self._counters = LoadCounters(placement.num_layers, placement.num_experts)
-        self._epoch = placement.epoch
+        self.adopt(shape, compute, placement.epoch)
         self._enter(GroupState.READY)
 
 
