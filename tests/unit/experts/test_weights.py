@@ -103,7 +103,7 @@ def without(name: str) -> dict[str, torch.Tensor]:
         (
             tensors() | {FUSED_GATE_UP: torch.ones(EXPERTS, 2 * INTER, HIDDEN + 1)},
             FUSED_GATE_UP,
-            f"has shape [{EXPERTS}, {2 * INTER}, {HIDDEN + 1}], expected [{EXPERTS}, {2 * INTER}, {HIDDEN}]",
+            f"{2 * INTER}, {HIDDEN + 1}], expected [{EXPERTS}, {2 * INTER}, {HIDDEN}]",
         ),
         (
             tensors() | {FUSED_GATE_UP: torch.ones(EXPERTS, 2 * INTER, HIDDEN, dtype=torch.int8)},
@@ -187,8 +187,7 @@ def test_a_file_that_shrinks_later_is_an_error_and_no_crash(tmp_path: Path) -> N
     with SafetensorsCheckpoint(tmp_path) as checkpoint:
         os.truncate(file, file.stat().st_size // 2)
         with pytest.raises(CheckpointError, match="the file ends"):
-            for layer_id in range(LAYERS):
-                list(checkpoint.expert_slices(layer_id, range(EXPERTS)))
+            [*checkpoint.expert_slices(0, range(EXPERTS)), *checkpoint.expert_slices(2, [4])]
 
 
 def test_bytes_behind_the_last_tensor_are_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""deepspeed is load-bearing: a group without it does not start, and says why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from experts import device
+
+WITHOUT_DEEPSPEED = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "deepspeed":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Block())
+from experts.runtime import ExpertRuntime
+from protos.errors import ConfigurationError
+try:
+    ExpertRuntime(group_id="a", checkpoint="/nowhere")
+except ConfigurationError as error:
+    print(error)
+    sys.exit(3)
+"""
+
+
+def test_a_group_without_deepspeed_does_not_start() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DEEPSPEED], capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 3, ended.stderr
+    assert "environment.deepspeed must be importable" in ended.stdout
+    assert "No module named 'deepspeed" in ended.stdout
+    assert "pip install deepspeed==0.19.8" in ended.stdout
+
+
+def test_importing_the_package_does_not_import_deepspeed() -> None:
+    code = "import experts.service, experts.weights, sys; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
+
+
+def test_the_device_of_a_machine_without_accelerator_is_the_cpu() -> None:
+    if torch.cuda.is_available():
+        return
+    assert device.current_device() == torch.device("cpu")
+    assert 0 < device.available_bytes() <= device.total_bytes()
+    device.synchronize()
