@@ -1,0 +1,214 @@
+"""`GatingService.Route` over real gRPC: the gate's choice, a choice made elsewhere, and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from torch import Tensor
+
+from protos.codec import tensor_from_proto, tensor_to_proto
+from protos.errors import (
+    ExpertMeshError,
+    GroupLostError,
+    InvalidFieldError,
+    UnknownModelError,
+    from_rpc_error,
+)
+from protos.v1 import gating_pb2, gating_pb2_grpc
+from router.gateway.gating import GatingServicer
+from router.gateway.server import GatewayOptions, GatewayThread, gating_service
+from router.gating.gate import Gate
+
+HIDDEN, EXPERTS, TOP_K, LAYERS = 8, 6, 2, 2
+
+
+class ScalingDispatcher:
+    """Expert `e` of layer `l` multiplies by `(e + 1) * 10**l`; one call in flight, as the real."""
+
+    def __init__(self) -> None:
+        self.in_flight = False
+        self.is_lost = False
+
+    def dispatch(self, layer_id: int, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Any:
+        assert not self.in_flight
+        if self.is_lost:
+            raise GroupLostError("g1", "closed the lane")
+        self.in_flight = True
+        assert topk_ids.dtype == torch.int32
+        return (topk_ids + 1).float() * topk_weights * 10.0**layer_id, rows
+
+    def combine(self, handle: Any) -> Tensor:
+        scale, rows = handle
+        self.in_flight = False
+        return rows.float() * scale.sum(dim=1, keepdim=True)
+
+
+GENERATOR = torch.Generator().manual_seed(5)
+GATE = Gate(
+    {layer: torch.randn(EXPERTS, HIDDEN, generator=GENERATOR) for layer in range(LAYERS)}, TOP_K
+)
+
+
+class Mesh:
+    """A running service and a way to call it."""
+
+    def __init__(self, address: str, dispatcher: ScalingDispatcher) -> None:
+        self.address = address
+        self.dispatcher = dispatcher
+
+    def route(self, *requests: gating_pb2.RouteRequest) -> list[gating_pb2.RouteResponse]:
+        with grpc.insecure_channel(self.address) as channel:
+            stub = gating_pb2_grpc.GatingServiceStub(channel)
+            try:
+                return list(stub.Route(iter(requests), timeout=20))
+            except grpc.RpcError as error:
+                raise from_rpc_error(error) from error
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    dispatcher = ScalingDispatcher()
+    servicer = GatingServicer(GATE, dispatcher, "tiny")
+    thread = GatewayThread([gating_service(servicer)], GatewayOptions())
+    yield Mesh(thread.start(), dispatcher)
+    thread.stop()
+    servicer.close()
+
+
+def hidden_of(num_tokens: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(num_tokens)
+    return torch.randn(num_tokens, HIDDEN, generator=generator).to(dtype)
+
+
+def request_of(hidden: Tensor, **fields: Any) -> gating_pb2.RouteRequest:
+    tensors = {k: tensor_to_proto(v) for k, v in fields.items() if isinstance(v, Tensor)}
+    plain = {k: v for k, v in fields.items() if not isinstance(v, Tensor)}
+    return gating_pb2.RouteRequest(hidden=tensor_to_proto(hidden), **plain, **tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_chooses(mesh: Mesh, dtype: torch.dtype) -> None:
+    hidden = hidden_of(dtype=dtype)
+    [answer] = mesh.route(request_of(hidden, call_id=7, layer_id=1, return_topk=True))
+    ids, weights = GATE(1, hidden)
+    assert answer.call_id == 7
+    assert torch.equal(tensor_from_proto(answer.topk_ids, field="ids"), ids)
+    assert torch.equal(tensor_from_proto(answer.topk_weights, field="weights"), weights)
+    output = tensor_from_proto(answer.output, field="output")
+    scale = ((ids + 1).float() * weights * 10.0).sum(dim=1, keepdim=True)
+    assert output.dtype == dtype
+    assert torch.equal(output, (hidden.float() * scale).to(dtype))
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_a_choice_made_elsewhere_is_used(mesh: Mesh, ids_dtype: torch.dtype) -> None:
+    hidden = hidden_of(2)
+    ids = torch.tensor([[0, 5], [2, 1]], dtype=ids_dtype)
+    weights = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    [answer] = mesh.route(request_of(hidden, topk_ids=ids, topk_weights=weights))
+    # (0+1)*1 + (5+1)*0 = 1; (2+1)*0.5 + (1+1)*0.5 = 2.5
+    expected = hidden * torch.tensor([[1.0], [2.5]])
+    assert torch.equal(tensor_from_proto(answer.output, field="output"), expected)
+    assert not answer.HasField("topk_ids")
+
+
+def test_answers_come_in_order(mesh: Mesh) -> None:
+    requests = [request_of(hidden_of(1 + i % 4), call_id=i, layer_id=i % 2) for i in range(40)]
+    answers = mesh.route(*requests)
+    assert [a.call_id for a in answers] == list(range(40))
+    assert [a.output.shape[0] for a in answers] == [1 + i % 4 for i in range(40)]
+
+
+GOOD_IDS = torch.zeros(3, TOP_K, dtype=torch.int32)
+GOOD_WEIGHTS = torch.ones(3, TOP_K)
+
+
+@pytest.mark.parametrize(
+    ("make", "cls", "message"),
+    [
+        (lambda: request_of(hidden_of(), model="gpt"), UnknownModelError, "served: 'tiny'"),
+        (
+            lambda: request_of(hidden_of(), layer_id=2),
+            InvalidFieldError,
+            r"layer_id must be a layer with experts \(0 to 1\), got 2",
+        ),
+        (
+            lambda: request_of(torch.zeros(3, 9)),
+            InvalidFieldError,
+            r'hidden\.shape must be \[T, 8\] with 1 to 8192 tokens T, got "\[3, 9\]"',
+        ),
+        (lambda: request_of(torch.zeros(0, 8)), InvalidFieldError, r"hidden\.shape"),
+        (lambda: request_of(torch.zeros(8)), InvalidFieldError, r"hidden\.shape"),
+        (
+            lambda: request_of(torch.zeros(3, 8, dtype=torch.int32)),
+            InvalidFieldError,
+            r"hidden\.dtype must be FLOAT32 or BFLOAT16",
+        ),
+        (
+            lambda: request_of(torch.full((1, 8), float("nan"))),
+            InvalidFieldError,
+            r"hidden\.payload must be finite",
+        ),
+        (lambda: gating_pb2.RouteRequest(), InvalidFieldError, r"hidden\.dtype must be a known"),
+        (
+            lambda: request_of(hidden_of(), topk_ids=GOOD_IDS),
+            InvalidFieldError,
+            "topk_weights must be set when the other",
+        ),
+        (
+            lambda: request_of(hidden_of(), topk_weights=GOOD_WEIGHTS),
+            InvalidFieldError,
+            "topk_ids must be set when the other",
+        ),
+        (
+            lambda: request_of(hidden_of(), topk_ids=GOOD_WEIGHTS, topk_weights=GOOD_WEIGHTS),
+            InvalidFieldError,
+            r"topk_ids\.dtype must be INT32 or INT64",
+        ),
+        (
+            lambda: request_of(hidden_of(), topk_ids=GOOD_IDS, topk_weights=GOOD_IDS),
+            InvalidFieldError,
+            r"topk_weights\.dtype must be FLOAT32",
+        ),
+        (
+            lambda: request_of(hidden_of(), topk_ids=GOOD_IDS[:2], topk_weights=GOOD_WEIGHTS),
+            InvalidFieldError,
+            r'topk_ids\.shape must be \[3, 2\], got "\[2, 2\]"',
+        ),
+        (
+            lambda: request_of(hidden_of(), topk_ids=GOOD_IDS + 6, topk_weights=GOOD_WEIGHTS),
+            InvalidFieldError,
+            r"topk_ids\.payload must have expert ids in \[0, 6\), got 6",
+        ),
+        (
+            lambda: request_of(hidden_of(), topk_ids=GOOD_IDS - 1, topk_weights=GOOD_WEIGHTS),
+            InvalidFieldError,
+            "got -1",
+        ),
+        (
+            lambda: request_of(hidden_of(), topk_ids=GOOD_IDS, topk_weights=GOOD_WEIGHTS / 0),
+            InvalidFieldError,
+            r"topk_weights\.payload must be finite",
+        ),
+    ],
+)
+def test_a_bad_call_raises_its_class_at_the_client(
+    mesh: Mesh,
+    make: Callable[[], gating_pb2.RouteRequest],
+    cls: type[ExpertMeshError],
+    message: str,
+) -> None:
+    with pytest.raises(cls, match=message):
+        mesh.route(make())
+
+
+def test_a_lost_group_is_told_and_the_next_stream_works(mesh: Mesh) -> None:
+    mesh.dispatcher.is_lost = True
+    with pytest.raises(GroupLostError, match="expert group g1 is lost: closed the lane"):
+        mesh.route(request_of(hidden_of()))
+    mesh.dispatcher.is_lost = False
+    assert len(mesh.route(request_of(hidden_of()))) == 1
