@@ -24,6 +24,7 @@ from protos.errors import ConfigurationError
 from router.engine.batch import Batch
 from router.model import memory
 from router.model.config import FULL_ATTENTION, ModelConfig
+from router.model.lazy_zeros import lazy_zeros
 from router.model.moe import DenseLayer, Experts, HostExperts, MoeLayer
 from router.model.ops import GdnState, KvLayer, Ops, choose_ops
 from router.model.rope import RotaryTable
@@ -160,15 +161,11 @@ class Decoder:
     def _allocate_state(self, num_slots: int) -> GdnState:
         config, device = self.config, self.ops.device
         dk, dv = config.linear_key_head_dim, config.linear_value_head_dim
+        conv_shape = (num_slots, config.conv_dim, config.conv_kernel - 1)
+        recurrent_shape = (num_slots, config.linear_num_value_heads, dk, dv)
         return GdnState(
-            conv=torch.zeros(
-                num_slots,
-                config.conv_dim,
-                config.conv_kernel - 1,
-                dtype=self.ops.activation_dtype,
-                device=device,
-            ),
-            recurrent=torch.zeros(num_slots, config.linear_num_value_heads, dk, dv, device=device),
+            conv=lazy_zeros(conv_shape, self.ops.activation_dtype, device),
+            recurrent=lazy_zeros(recurrent_shape, torch.float32, device),
         )
 
     def forward(self, batch: Batch, caches: Caches) -> Tensor:

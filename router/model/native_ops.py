@@ -18,6 +18,7 @@ from torch import Tensor
 
 from experts.native.kernels import DTYPES, Kernels, Library, PackedLinear
 from router.engine.batch import Batch
+from router.model.lazy_zeros import lazy_zeros
 from router.model.ops import AttentionParams, GdnParams, GdnState
 
 logger = logging.getLogger(__name__)
@@ -209,5 +210,5 @@ class NativeOps:
         """See `Ops.allocate_kv`. A block size that is a multiple of 16 wastes nothing."""
         code = DTYPES[dtype]
         num_bytes = self._long.kv_block_bytes(code, block_size, num_kv_heads, head_dim)
-        blocks = torch.zeros(num_blocks, num_bytes // 4, dtype=torch.int32)
+        blocks = lazy_zeros((num_blocks, num_bytes // 4), torch.int32, self.device)
         return NativeKv(blocks, block_size, code, blocks.data_ptr())

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from router.engine.batch import Batch
 from router.gating.gate import choose_topk
 from router.model import attention, gated_delta_net, norm
+from router.model.lazy_zeros import lazy_zeros
 from router.model.ops import L2_EPS, AttentionParams, GdnParams, GdnState
 
 logger = logging.getLogger(__name__)
@@ -400,8 +401,8 @@ class TorchOps:
     ) -> TorchKv:
         """Allocate blocks of zeros (padding is read before it is masked and must be finite)."""
         shape = (num_blocks * block_size, num_kv_heads, head_dim)
-        k = torch.zeros(shape, dtype=dtype, device=self.device)
-        return TorchKv(k, torch.zeros_like(k), block_size)
+        k = lazy_zeros(shape, dtype, self.device)
+        return TorchKv(k, lazy_zeros(shape, dtype, self.device), block_size)
 
     def swiglu(self, gate_up: Tensor, intermediate_size: int) -> Tensor:
         """See `Ops.swiglu`."""
