@@ -58,8 +58,7 @@ class Library:
 
 
 class _Memory:
-    """Page-aligned zeroed memory outside torch, in huge pages where possible; freed with the
-    object."""
+    """Page-aligned memory outside torch, in huge pages where possible; freed with the object."""
 
     __slots__ = ("__weakref__", "address", "num_bytes")
 
@@ -181,21 +180,24 @@ class Kernels:
             `[M, N]`.
         """
         m, k = x.shape
+        n = w.out_features
         if k != w.in_features:
             raise ValueError(f"x has {k} columns, the weight {w.in_features}")
-        if x.stride(1) != 1 and k > 1:
-            x = x.contiguous()
-        n = w.out_features
+        row_elements, step = x.stride()
+        if step != 1 and k > 1:
+            x, row_elements = x.contiguous(), k
         if out is None:
             out = torch.empty((m, n), dtype=out_dtype)
-        elif out.shape != (m, n) or (out.stride(1) != 1 and n > 1):
+            out_row_elements = n
+        elif out.shape == (m, n) and (out.stride(1) == 1 or n == 1):
+            out_dtype, out_row_elements = out.dtype, out.stride(0)
+        else:
             raise ValueError(f"out must be [{m}, {n}] with contiguous rows, got {out.shape}")
         x_dtype = x.dtype
         library = self.short if m * n * k < _SHORT_CALL_WORK else self.long
         library.linear(
             *(w.address, w.code, n, k, x.data_ptr(), DTYPES[x_dtype], m),
-            x.stride(0) * x_dtype.itemsize,
-            *(out.data_ptr(), DTYPES[out.dtype], out.stride(0)),
+            *(row_elements * x_dtype.itemsize, out.data_ptr(), DTYPES[out_dtype], out_row_elements),
         )
         return out
 

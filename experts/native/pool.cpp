@@ -136,6 +136,72 @@ void* Region::bytes(size_t size) {
   return data;
 }
 
+namespace {
+
+constexpr size_t kHuge = size_t(2) << 20;
+constexpr size_t kArena = size_t(64) << 20;
+
+// Zeroed memory that starts at a huge page, in huge pages where the system has them on request:
+// weights are read from end to end, and a fifth faster so (measured, one row, one thread).
+char* map_pages(size_t size) {
+  char* base = static_cast<char*>(mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (base == MAP_FAILED) return nullptr;
+  char* start = base + (kHuge - uintptr_t(base) % kHuge) % kHuge;
+  if (start > base) munmap(base, size_t(start - base));
+  munmap(start + size, size_t(base + kHuge - start));
+  madvise(start, size, MADV_HUGEPAGE);
+  return start;
+}
+
+// Small weights share arenas, so that they share huge pages. An arena goes when its last one goes.
+struct Arena {
+  char* start;
+  size_t used;
+  int64_t live;
+};
+std::mutex arenas_mutex;
+std::vector<Arena>& arenas() {
+  static auto* all = new std::vector<Arena>;
+  return *all;
+}
+
+size_t whole_pages(size_t size) { return std::max<size_t>(4096, (size + 4095) / 4096 * 4096); }
+
+void* allocate(size_t size) {
+  size = whole_pages(size);
+  if (size > kArena / 4) return map_pages(size);
+  std::lock_guard<std::mutex> lock(arenas_mutex);
+  if (arenas().empty() || arenas().back().used + size > kArena) {
+    char* start = map_pages(kArena);
+    if (start == nullptr) return nullptr;
+    arenas().push_back({start, 0, 0});
+  }
+  Arena& arena = arenas().back();
+  arena.live++;
+  arena.used += size;
+  return arena.start + arena.used - size;
+}
+
+void release(void* data, size_t size) {
+  size = whole_pages(size);
+  if (size > kArena / 4) {
+    munmap(data, size);
+    return;
+  }
+  std::lock_guard<std::mutex> lock(arenas_mutex);
+  for (size_t i = 0; i < arenas().size(); i++) {
+    Arena& arena = arenas()[i];
+    if (data < arena.start || data >= arena.start + kArena) continue;
+    if (--arena.live > 0) return;
+    munmap(arena.start, kArena);
+    arenas().erase(arenas().begin() + int64_t(i));
+    return;
+  }
+}
+
+}  // namespace
+
 void* thread_scratch(size_t size) {
   thread_local Chunk chunk{nullptr, 0};
   if (size > chunk.size) {
@@ -155,22 +221,6 @@ int em_threads() { return em::Pool::get().threads(); }
 void em_set_spin_us(int us) { em::Pool::get().set_spin_us(us); }
 void em_park() { em::Pool::get().park(); }
 
-// Zeroed pages, in huge pages where the system has them on request (weights are read from end to
-// end: fewer page walks). Freed with em_free.
-void* em_alloc(int64_t size) {
-  constexpr size_t kHuge = size_t(2) << 20;
-  size_t want = (size_t(size) + 4095) / 4096 * 4096;
-  char* base = static_cast<char*>(mmap(nullptr, want + kHuge, PROT_READ | PROT_WRITE,
-                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  if (base == MAP_FAILED) return nullptr;
-  char* start = base + (kHuge - uintptr_t(base) % kHuge) % kHuge;
-  if (start > base) munmap(base, size_t(start - base));
-  size_t tail = size_t(base + want + kHuge - (start + want));
-  if (tail) munmap(start + want, tail);
-  if (want >= kHuge) madvise(start, want, MADV_HUGEPAGE);
-  return start;
-}
-void em_free(void* data, int64_t size) {
-  munmap(data, (size_t(size) + 4095) / 4096 * 4096);
-}
+void* em_alloc(int64_t size) { return em::allocate(size_t(size)); }
+void em_free(void* data, int64_t size) { em::release(data, size_t(size)); }
 }
