@@ -186,6 +186,12 @@ def load_config(
     }
     config = Config(**sections)
     parse_groups(config.experts.groups)
+    if config.engine.max_num_batched_tokens < config.engine.max_num_seqs:
+        raise ConfigurationError(
+            "engine.max_num_batched_tokens",
+            f"must be at least engine.max_num_seqs ({config.engine.max_num_seqs})",
+            config.engine.max_num_batched_tokens,
+        )
     return Loaded(config, origins)
 
 

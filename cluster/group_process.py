@@ -59,8 +59,9 @@ class GroupProcess:
         )
         self._runtime.load(Placement.from_json(placement_json))
         self._server = start_expert_server(self._runtime, host, 0)
-        log.info("group_ready group=%s address=%s", self.group_id, self._server.address)
-        return self._server.address
+        address: str = self._server.address
+        log.info("group_ready group=%s address=%s", self.group_id, address)
+        return address
 
     def stop(self) -> None:
         """Close the port."""

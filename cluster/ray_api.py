@@ -43,6 +43,7 @@ OBJECT_STORE_BYTES = 80 << 20
 """The smallest that Ray takes without a warning; no tensor ever travels through it."""
 Guard = Callable[[], contextlib.AbstractContextManager[None]]
 WAIT_S = 0.2
+MAX_TMP_CHARS = 24
 GROUP_RESOURCE = "expert_group"
 """Custom resource that nodes of a shared cluster advertise, 1 per group they may hold."""
 EXIT_TIMEOUT_S = 10.0
@@ -94,7 +95,9 @@ class PrivateRay:
             RAY_SCHEDULER_EVENTS="0",
             RAY_COLOR_PREFIX="1" if sys.stderr.isatty() else "0",
         )
-        self._folder = tempfile.mkdtemp(prefix="expertmesh-")
+        # Ray's socket paths add 62 characters, and the kernel takes 107.
+        parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= MAX_TMP_CHARS else "/tmp"
+        self._folder = tempfile.mkdtemp(prefix="expertmesh-", dir=parent)
         level = _log_level(verbose)
         self._process = subprocess.Popen(
             [

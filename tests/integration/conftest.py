@@ -1,0 +1,41 @@
+"""One checkpoint and one service for all tests that only ask."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.served import Served
+from tests.parity.checkpoints import make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture of experts in float32, with a tokenizer and a chat template."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense model without a tokenizer."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "dense", dense=True)
+
+
+@pytest.fixture(scope="session")
+def served(checkpoint: Path) -> Iterator[Served]:
+    """The checkpoint on two unequal groups and two routers."""
+    flags = ("--expert-groups", "big:3,small:1", "--routers", "2", "--served-model-name", "tiny")
+    with Served(checkpoint, *flags) as service:
+        yield service
+
+
+@pytest.fixture
+def tmp() -> Iterator[str]:
+    """A folder for temporary files with a short path: Ray makes sockets in it."""
+    folder = tempfile.mkdtemp(prefix="t", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder)

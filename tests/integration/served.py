@@ -1,0 +1,130 @@
+"""A real `expertmesh serve` as a child process, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+CLI = (sys.executable, "-m", "cluster.cli")
+START_TIMEOUT_S = 100.0
+STOP_TIMEOUT_S = 30.0
+
+
+def clean_environment(tmp: str | None = None) -> dict[str, str]:
+    """The environment without settings that would change what is tested; `tmp` for its files."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "EXPERTMESH_"))}
+    return {**kept, "TMPDIR": tmp} if tmp else kept
+
+
+def run_cli(
+    *arguments: str, stdin: str = "", timeout_s: float = 60.0, tmp: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of `expertmesh` to its end."""
+    return subprocess.run(
+        [*CLI, *arguments],
+        cwd=ROOT,
+        env=clean_environment(tmp),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+class Served:
+    """`expertmesh serve` in a process group of its own; ends with the `with` block."""
+
+    def __init__(self, checkpoint: Path, *flags: str, tmp: str | None = None) -> None:
+        self._process = subprocess.Popen(
+            [*CLI, "serve", str(checkpoint), "--port", "0", *flags],
+            cwd=ROOT,
+            env=clean_environment(tmp),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        self.ready = ""
+        self.errors: list[str] = []
+        self._reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._reader.start()
+        self._family: list[psutil.Process] = []
+
+    def __enter__(self) -> Served:
+        assert self._process.stdout is not None
+        watch = threading.Timer(START_TIMEOUT_S, self._process.kill)
+        watch.start()
+        self.ready = self._process.stdout.readline().strip()
+        watch.cancel()
+        assert self.ready.startswith("ready grpc="), "".join(self.errors)
+        self._family = psutil.Process(self._process.pid).children(recursive=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process.poll() is None:
+            self.signal(signal.SIGTERM)
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                raise
+        self._reader.join(STOP_TIMEOUT_S)
+
+    @property
+    def address(self) -> str:
+        """`host:port` of the first router."""
+        return self.fields["grpc"]
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The ready line's `key=value` pairs."""
+        return dict(part.split("=", 1) for part in self.ready.split()[1:])
+
+    def signal(self, number: signal.Signals, *, to_group: bool = False) -> None:
+        """Send a signal to `serve`, or to its whole process group, as a shell does."""
+        if to_group:
+            os.killpg(self._process.pid, number)
+        else:
+            self._process.send_signal(number)
+
+    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Return the exit code."""
+        return self._process.wait(timeout_s)
+
+    def survivors(self, timeout_s: float = 10.0) -> list[str]:
+        """Return what still runs of the processes that the service had, after a moment."""
+        _, alive = psutil.wait_procs(self._family, timeout=timeout_s)
+        return [f"{process.pid} {process.status()}" for process in alive if is_running(process)]
+
+    def process_named(self, name: str) -> psutil.Process:
+        """Return the process of an actor class."""
+        for process in self._family:
+            if process.is_running() and name in " ".join(process.cmdline()):
+                return process
+        raise AssertionError(f"no process {name}")
+
+    def _read_errors(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.errors.append(line)
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Whether it runs; a zombie that nobody reaps does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

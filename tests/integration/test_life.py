@@ -1,0 +1,194 @@
+"""How a service starts and ends: early failures, draining, and what it may leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from protos.client import Client, ClientConfig
+from protos.errors import DrainingError, ServiceUnavailableError
+from protos.events import Delta, Event, Finished, FinishReason
+from tests.eventually import eventually
+from tests.integration.served import Served, run_cli
+
+pytestmark = pytest.mark.timeout(240)
+
+LONG = 3000
+"""Tokens of a stream that is still running when the signal comes."""
+
+
+def start_long_stream(client: Client) -> tuple[list[Event], threading.Thread]:
+    """Start a generation of `LONG` tokens; returns when its first token is here."""
+    events: list[Event] = []
+    first = threading.Event()
+
+    def run() -> None:
+        for event in client.generate([5, 6, 7], max_tokens=LONG, temperature=0.0, ignore_eos=True):
+            events.append(event)
+            if isinstance(event, Delta):
+                first.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert first.wait(60)
+    return events, thread
+
+
+def test_sigterm_to_the_group_drains_and_leaves_nothing(checkpoint: Path, tmp: str) -> None:
+    with Served(checkpoint, "--expert-groups", "2", tmp=tmp) as service:
+        impatient = ClientConfig(max_attempts=1)
+        with Client(service.address) as client, Client(service.address, impatient) as late:
+            events, thread = start_long_stream(client)
+            service.signal(signal.SIGTERM, to_group=True)
+            eventually(lambda: any("draining" in line for line in service.errors), 30)
+
+            def is_refused() -> bool:
+                try:
+                    late.complete([1, 2], max_tokens=1)
+                except DrainingError:
+                    return True
+                return False
+
+            assert eventually(is_refused, 20)
+            assert thread.is_alive(), "the stream ended before the test looked"
+            thread.join(120)
+        finished = events[-1]
+        assert isinstance(finished, Finished)
+        assert finished.reason is FinishReason.LENGTH
+        assert finished.usage.completion_tokens == LONG
+        assert service.wait() == 0
+        assert service.survivors() == []
+    assert os.listdir(tmp) == []
+
+
+def test_a_second_signal_ends_at_once(checkpoint: Path) -> None:
+    with Served(checkpoint) as service, Client(service.address) as client:
+        failure: list[BaseException] = []
+        first = threading.Event()
+
+        def run() -> None:
+            try:
+                for event in client.generate(
+                    [5, 6, 7], max_tokens=LONG, temperature=0.0, ignore_eos=True
+                ):
+                    if isinstance(event, Delta):
+                        first.set()
+            except ServiceUnavailableError as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert first.wait(60)
+        service.signal(signal.SIGTERM)
+        eventually(lambda: any("draining" in line for line in service.errors), 30)
+        service.signal(signal.SIGINT)
+        thread.join(30)
+        assert failure, "the stream should have been cut"
+        assert service.wait() == 0
+        assert service.survivors() == []
+
+
+def test_sigkill_leaves_nothing(checkpoint: Path, tmp: str) -> None:
+    with Served(checkpoint, "--expert-groups", "2", tmp=tmp) as service:
+        service.signal(signal.SIGKILL)
+        assert service.wait() == -signal.SIGKILL
+        assert service.survivors() == []
+        assert eventually(lambda: os.listdir(tmp) == [], 10)
+
+
+def test_a_dead_group_ends_the_service_with_its_name(checkpoint: Path) -> None:
+    with Served(checkpoint, "--expert-groups", "solo:1") as service:
+        service.process_named("ExpertGroupActor").kill()
+        assert service.wait() == 5
+        assert any("expert group solo is lost" in line for line in service.errors)
+        assert service.survivors() == []
+
+
+def test_a_sigterm_during_the_start_leaves_nothing(checkpoint: Path, tmp: str) -> None:
+    service = Served(checkpoint, "--expert-groups", "2", tmp=tmp)
+    try:
+        eventually(lambda: any("layers" in line for line in service.errors), 60)
+        service.signal(signal.SIGTERM)
+        assert service.wait() == 0
+    finally:
+        service.__exit__(None, None, None)
+    assert eventually(lambda: os.listdir(tmp) == [], 10)
+
+
+def test_a_second_service_on_the_same_port_is_refused(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        answer = run_cli("serve", str(checkpoint), "--port", str(port))
+    assert answer.returncode == 3
+    assert f"router.port cannot be bound on 127.0.0.1: Address already in use, got {port}" in (
+        answer.stderr
+    )
+    assert answer.stdout == ""
+
+
+def edited(checkpoint: Path, folder: Path, **values: object) -> Path:
+    """Copy a checkpoint with other values in config.json (None removes)."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_failures_before_anything_is_loaded(checkpoint: Path, tmp_path: Path, tmp: str) -> None:
+    gpt = edited(checkpoint, tmp_path / "gpt", model_type="gpt2")
+    torn = edited(checkpoint, tmp_path / "torn")
+    weights = torn / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[tuple[str, ...], list[str]]] = [
+        ((str(tmp_path / "gone"),), ["gone: no such folder"]),
+        ((str(checkpoint / "config.json"),), ["is a file; give the folder"]),
+        ((str(tmp_path / "empty"),), ["holds no config.json"]),
+        ((str(gpt),), ["model_type 'gpt2' is not supported", "qwen3_5_moe"]),
+        ((str(torn),), ["model.safetensors"]),
+        (
+            (str(checkpoint), "--expert-groups", "9"),
+            ["experts.groups must be at most 8 groups", "got 9"],
+        ),
+        (
+            (str(checkpoint), "--max-model-len", "5000"),
+            ["model.max_model_len must be at most 4096", "got 5000"],
+        ),
+        (
+            (str(checkpoint), "--kv-cache-gib", "0.001"),
+            ["not enough KV cache", "need 128 blocks", "lower --max-model-len to"],
+        ),
+        (
+            (str(checkpoint), "--max-num-seqs", "64", "--max-num-batched-tokens", "32"),
+            ["engine.max_num_batched_tokens must be at least engine.max_num_seqs (64), got 32"],
+        ),
+    ]
+    for arguments, texts in cases:
+        answer = run_cli("serve", *arguments, "--port", "0", tmp=tmp)
+        assert answer.returncode == 3, (arguments, answer.stderr)
+        assert answer.stdout == ""
+        for text in texts:
+            assert text in answer.stderr, (arguments, answer.stderr)
+        assert "Traceback" not in answer.stderr
+    assert os.listdir(tmp) == []
+
+
+def test_a_cluster_that_is_not_there_has_exit_code_4(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    answer = run_cli("serve", str(checkpoint), "--port", "0", "--ray-address", address)
+    assert answer.returncode == 4, answer.stderr
+    assert f"Ray cluster {address}" in answer.stderr
+    for command in (("status",), ("complete", "x"), ("chat",)):
+        answer = run_cli(*command, "--url", address)
+        assert answer.returncode == 4, answer.stderr
+        assert "not reachable" in answer.stderr
