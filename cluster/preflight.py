@@ -96,7 +96,8 @@ def _check_port(host: str, port: int) -> None:
         with socket.create_server((host, port), family=_family(host)):
             pass
     except OSError as error:
-        rule = f"cannot be bound on {host}: {error.strerror or error}"
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        rule = f"cannot be bound on {host}: {reason}"
         raise ConfigurationError(
             "router.port", rule, port, hint="take another --port; 0 picks a free one"
         ) from None

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import load_config
+from cluster.kv_budget import GIB
+from cluster.preflight import examine, quick_checks
 from protos.client import Client, ClientConfig
-from protos.errors import DrainingError, ServiceUnavailableError
+from protos.errors import DrainingError, ServiceUnavailableError, SetupError
 from protos.events import Delta, Event, Finished, FinishReason
 from tests.eventually import eventually
 from tests.integration.served import Served, run_cli
@@ -142,43 +145,74 @@ def edited(checkpoint: Path, folder: Path, **values: object) -> Path:
     return folder
 
 
-def test_failures_before_anything_is_loaded(checkpoint: Path, tmp_path: Path, tmp: str) -> None:
-    gpt = edited(checkpoint, tmp_path / "gpt", model_type="gpt2")
-    torn = edited(checkpoint, tmp_path / "torn")
+def broken_checkpoint(kind: str, checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint folder with one fault."""
+    if kind == "gone":
+        return folder / "gone"
+    if kind == "file":
+        return checkpoint / "config.json"
+    if kind == "empty":
+        folder.mkdir(exist_ok=True)
+        return folder
+    if kind == "gpt2":
+        return edited(checkpoint, folder / "gpt2", model_type="gpt2")
+    torn = edited(checkpoint, folder / "torn")
     weights = torn / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    (tmp_path / "empty").mkdir()
-    cases: list[tuple[tuple[str, ...], list[str]]] = [
-        ((str(tmp_path / "gone"),), ["gone: no such folder"]),
-        ((str(checkpoint / "config.json"),), ["is a file; give the folder"]),
-        ((str(tmp_path / "empty"),), ["holds no config.json"]),
-        ((str(gpt),), ["model_type 'gpt2' is not supported", "qwen3_5_moe"]),
-        ((str(torn),), ["model.safetensors"]),
-        (
-            (str(checkpoint), "--expert-groups", "9"),
-            ["experts.groups must be at most 8 groups", "got 9"],
-        ),
-        (
-            (str(checkpoint), "--max-model-len", "5000"),
-            ["model.max_model_len must be at most 4096", "got 5000"],
-        ),
-        (
-            (str(checkpoint), "--kv-cache-gib", "0.001"),
-            ["not enough KV cache", "need 128 blocks", "lower --max-model-len to"],
-        ),
-        (
-            (str(checkpoint), "--max-num-seqs", "64", "--max-num-batched-tokens", "32"),
-            ["engine.max_num_batched_tokens must be at least engine.max_num_seqs (64), got 32"],
-        ),
-    ]
-    for arguments, texts in cases:
-        answer = run_cli("serve", *arguments, "--port", "0", tmp=tmp)
-        assert answer.returncode == 3, (arguments, answer.stderr)
-        assert answer.stdout == ""
-        for text in texts:
-            assert text in answer.stderr, (arguments, answer.stderr)
-        assert "Traceback" not in answer.stderr
-    assert os.listdir(tmp) == []
+    return torn
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("gone", "gone: no such folder"),
+        ("file", "is a file; give the folder"),
+        ("empty", "holds no config.json"),
+        ("gpt2", "model_type 'gpt2' is not supported; supported: qwen3_5_moe"),
+        ("torn", "model.safetensors"),
+    ],
+)
+def test_a_broken_checkpoint_is_refused(
+    kind: str, text: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    config = load_config(
+        {"model.checkpoint": str(broken_checkpoint(kind, checkpoint, tmp_path)), "router.port": 0}
+    ).config
+
+    def check() -> None:
+        quick_checks(config)
+        examine(config, GIB)
+
+    with pytest.raises(SetupError) as caught:
+        check()
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "text"),
+    [
+        ("experts.groups", "9", "experts.groups must be at most 8 groups, the experts of a layer"),
+        ("model.max_model_len", 5000, "model.max_model_len must be at most 4096"),
+        ("engine.kv_cache_gib", 0.001, "need 128 blocks (2.0 MiB) for 4096 tokens, have 65 blocks"),
+        ("engine.num_kv_blocks", 10**6, "not enough memory for the KV cache: need 15.3 GiB, have"),
+    ],
+)
+def test_a_setting_that_the_checkpoint_does_not_allow_is_refused(
+    path: str, value: object, text: str, checkpoint: Path
+) -> None:
+    config = load_config({"model.checkpoint": str(checkpoint), path: value}).config
+    with pytest.raises(SetupError) as caught:
+        examine(config, 2 * GIB)
+    assert text in str(caught.value)
+
+
+def test_a_refused_start_says_why_and_leaves_nothing(checkpoint: Path, tmp: str) -> None:
+    answer = run_cli("serve", str(checkpoint), "--port", "0", "--expert-groups", "9", tmp=tmp)
+    assert answer.returncode == 3
+    assert "experts.groups must be at most 8 groups" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert answer.stdout == ""
+    assert eventually(lambda: os.listdir(tmp) == [], 10)
 
 
 def test_a_cluster_that_is_not_there_has_exit_code_4(checkpoint: Path) -> None:

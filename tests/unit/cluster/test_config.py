@@ -81,6 +81,11 @@ def test_environment_text_becomes_the_fields_type() -> None:
     )
 
 
+def test_a_step_must_hold_every_running_sequence() -> None:
+    with pytest.raises(ConfigurationError, match=r"at least engine\.max_num_seqs \(64\), got 32"):
+        load_config({"engine.max_num_batched_tokens": 32})
+
+
 @pytest.mark.parametrize(
     "content", ["[router\nport = 1", "port = ", "[router]\nport = 1\nport = 2"]
 )
