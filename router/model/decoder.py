@@ -110,7 +110,7 @@ class Decoder:
             CheckpointError: Names the tensor at fault.
         """
         config = config or ModelConfig.from_checkpoint(path)
-        ops = ops or choose_ops(dtype, torch.device("cpu"), config=config)
+        ops = ops or choose_ops(dtype, torch.device("cpu"))
         with SafetensorsCheckpoint(path) as checkpoint:
             weights = load_trunk(checkpoint, config, ops, dtype)
         return cls(config, weights, ops, experts)

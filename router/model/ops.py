@@ -21,7 +21,6 @@ DeltaNet, dk/dv their sizes, C = 2*Hk*dk + Hv*dv conv channels, E experts, K top
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,9 +29,6 @@ from torch import Tensor
 
 from protos.errors import ConfigurationError
 from router.engine.batch import Batch
-from router.model.config import ModelConfig
-
-logger = logging.getLogger(__name__)
 
 
 class LinearWeight(Protocol):
@@ -136,8 +132,12 @@ class Ops(Protocol):
     device: torch.device
 
     def prepare_linear(self, weight: Tensor) -> LinearWeight:
-        """Pack a weight `[N, K]`: model dtype, or float32 (the gate), which is then also the
-        precision of the product. The ops keeps what it needs; the caller drops `weight`."""
+        """Pack a weight `[N, K]`. The ops keeps what it needs; the caller drops `weight`.
+
+        Args:
+            weight: Model dtype; float32 for the gate, whose logits must not be rounded to bfloat16
+                (the weight itself may be).
+        """
         ...
 
     def begin_step(self, batch: Batch) -> Any:
@@ -236,21 +236,13 @@ class Ops(Protocol):
         ...
 
 
-def choose_ops(
-    dtype: torch.dtype,
-    device: torch.device,
-    name: str = "auto",
-    *,
-    config: ModelConfig | None = None,
-) -> Ops:
-    """Choose the kernels for a device and log which.
+def choose_ops(dtype: torch.dtype, device: torch.device, name: str = "auto") -> Ops:
+    """Choose the kernels for a device; they log what they are.
 
     Args:
         dtype: Of the model's matrices.
         device: Where the trunk runs.
-        name: `torch`, `native`, or `auto`: native on a CPU for which kernels were built and whose
-            limits the model keeps.
-        config: The model, to check these limits.
+        name: `torch`, `native`, or `auto`: native on a CPU for which kernels were built.
 
     Raises:
         ConfigurationError: An unknown name, or `native` where it cannot be.
@@ -258,28 +250,17 @@ def choose_ops(
     if name not in ("auto", "torch", "native"):
         raise ConfigurationError("ops", "must be auto, torch or native", name)
     # The two are imported here: both import this file, and nobody loads the one not chosen.
-    if name != "torch":
+    if name != "torch" and device.type == "cpu":
         from experts.native.kernels import load_kernels
 
-        obstacle = _native_obstacle(device, config)
-        kernels = None if obstacle else load_kernels()
+        kernels = load_kernels()
         if kernels is not None:
             from router.model.native_ops import NativeOps
 
             return NativeOps(kernels, dtype)
-        obstacle = obstacle or "no kernels for this CPU, see python -m experts.native.build"
-        if name == "native":
-            raise ConfigurationError("ops", f"cannot be native: {obstacle}", name)
-        logger.info("ops_not_native reason=%r", obstacle)
+    if name == "native":
+        rule = f"cannot be native on {device.type}: no kernels, see python -m experts.native.build"
+        raise ConfigurationError("ops", rule, name)
     from router.model.torch_ops import TorchOps
 
     return TorchOps(dtype, device)
-
-
-def _native_obstacle(device: torch.device, config: ModelConfig | None) -> str:
-    """Return why native kernels cannot run this model here, or nothing."""
-    if device.type != "cpu":
-        return f"the device is {device.type}"
-    if config is not None and config.num_linear_layers and config.linear_value_head_dim % 16:
-        return f"linear_value_head_dim {config.linear_value_head_dim} is not a multiple of 16"
-    return ""
