@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from protos.errors import ConfigurationError
 from router.engine.batch import Batch, Chunk, build_batch
+from router.model.attention import attend
 from router.model.gated_delta_net import chunked_delta_rule, recurrent_delta_rule
 from router.model.ops import AttentionParams, GdnParams, GdnState, Ops, choose_ops
 from tests.parity.conftest import available_ops
@@ -344,3 +346,64 @@ def test_flash_linear_attention_stands_behind_the_same_function() -> None:
         results.append(ops.gated_delta_net(mixed, p, state, ops.begin_step(batch)))
     assert fla.calls == ["recurrent", "chunk"]
     torch.testing.assert_close(results[1], results[0], rtol=0.05, atol=0.05)  # bf16 chunks
+
+
+class _FakeFlashAttention:
+    """Stands in for flash-attn: same call, one sequence after the other."""
+
+    def flash_attn_varlen_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        softmax_scale: float,
+        causal: bool,
+    ) -> Tensor:
+        assert causal
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        q_lengths, k_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        assert max(q_lengths) == max_seqlen_q
+        assert max(k_lengths) == max_seqlen_k
+        outputs = []
+        for q_part, k_part, v_part in zip(
+            q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True
+        ):
+            last = k_part.shape[0]
+            positions = torch.arange(last - q_part.shape[0], last)[None]
+            parts = (x.unsqueeze(0) for x in (q_part, k_part, v_part))
+            outputs.append(attend(*parts, positions, softmax_scale)[0])
+        return torch.cat(outputs)
+
+
+def test_flash_attention_stands_behind_the_same_function() -> None:
+    from router.model.torch_ops import TorchOps
+
+    p = AttentionParams(
+        q_norm=rand(16),
+        k_norm=rand(16),
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rotary_dim=4,
+        scale=0.25,
+        eps=1e-6,
+    )
+    first, second = ragged((3, 9, 4), (0, 0, 0)), ragged((1, 6, 2), (3, 9, 4))
+    tables = second.block_tables
+    first = dataclasses.replace(first, block_tables=tables)
+    results = []
+    for flash in (None, _FakeFlashAttention()):
+        ops = TorchOps(torch.float32, CPU)
+        ops._flash = flash
+        kv = ops.allocate_kv(int(tables.max()) + 1, 4, 2, 16, torch.float32)
+        for batch in (first, second):
+            count = batch.num_tokens
+            qkv, cos_sin = rand(count, (8 + 4) * 16), rand(count, 4)
+            results.append(ops.attention(qkv, p, cos_sin, kv, ops.begin_step(batch)))
+    close(results[2], results[0])
+    close(results[3], results[1])
