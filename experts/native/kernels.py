@@ -38,8 +38,8 @@ _ISA_CPU_FLAGS = {
     "avx2": {"avx2", "fma"},
 }
 
-_SHORT_CALL_WORK = 20_000_000
-"""Multiply-adds (some 100 us) below which a call is short."""
+_SHORT_CALL_WORK = 8_000_000
+"""Multiply-adds below which a call is short: at most some 500 us, for one row and cold weights."""
 
 
 class Library:

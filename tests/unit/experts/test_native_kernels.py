@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,6 +301,24 @@ def test_build_without_a_compiler_says_so(
     monkeypatch.setattr(build, "find_compiler", lambda: None)
     assert build.main() == 0
     assert capsys.readouterr().out.count("not built: no C++ compiler") == len(build.ISA_FLAGS)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_packed_memory_goes_with_its_owner(kernels: Kernels) -> None:
+    weight = torch.zeros(1024, 1024)
+    before = resident_bytes()
+    small = [kernels.pack_linear(weight) for _ in range(64)]  # 4 MiB each, several arenas
+    bank = kernels.new_expert_bank(200, 256, 256, F32)  # 157 MB of address space
+    assert 250 << 20 < resident_bytes() - before < 320 << 20
+    for slot in (0, 199):
+        kernels.fill_slot(bank, slot, normal(512, 256), normal(256, 256))
+    kept = small.pop(30)
+    del small, bank
+    assert resident_bytes() - before < 160 << 20
+    assert torch.equal(kernels.linear(normal(1, 1024), kept), torch.zeros(1, 1024))
 
 
 def test_packed_weights_know_their_size(kernels: Kernels) -> None:
