@@ -18,7 +18,12 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from protos.errors import ContextLengthExceededError, DeadlineExceededError, InvalidFieldError
+from protos.errors import (
+    ContextLengthExceededError,
+    DeadlineExceededError,
+    InvalidFieldError,
+    UnsupportedFeatureError,
+)
 from protos.ids import new_request_id
 from protos.v1 import generation_pb2, generation_pb2_grpc
 from protos.validate import (
@@ -224,7 +229,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         if not ids:
             raise InvalidFieldError(str(kind), "must have at least one token", 0)
         if request.stopping.stop and not self._text.has_tokenizer:
-            self._text.tokenizer  # noqa: B018  # raises: stop strings need text
+            raise UnsupportedFeatureError("stopping.stop: the checkpoint has no tokenizer.json")
         self._check_length(len(ids), request.stopping)
         per_token = 1 + request.output.prompt_logprobs
         if request.output.HasField("prompt_logprobs") and (
