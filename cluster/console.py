@@ -26,6 +26,8 @@ EXIT_USAGE = 2
 EXIT_CONFIGURATION = 3
 EXIT_UNREACHABLE = 4
 EXIT_PARTIAL = 5
+PIPE_WIDTH = 240
+"""Columns of a table that no person watches: nothing is cut."""
 
 
 def exit_code(error: ExpertMeshError) -> int:
@@ -40,8 +42,9 @@ def exit_code(error: ExpertMeshError) -> int:
 
 
 def out_console() -> Console:
-    """Return the console of results: stdout; plain where stdout is no terminal."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Return the console of results: stdout; plain and wide where stdout is no terminal."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(highlight=False, width=width)
 
 
 def err_console() -> Console:

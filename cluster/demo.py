@@ -20,7 +20,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cluster.console import EXIT_CONFIGURATION, EXIT_OK, err_console, errors_exit, table
+from cluster.console import (
+    EXIT_CONFIGURATION,
+    EXIT_OK,
+    err_console,
+    errors_exit,
+    out_console,
+    table,
+)
 from cluster.status import ask_status, dispatch_share
 from cluster.talk import Answer, stream_answer
 from protos.client import Client, GenerateOptions
@@ -70,7 +77,7 @@ def main(
     groups: Annotated[str, typer.Option("--expert-groups", help="As in `serve`.")] = "2",
 ) -> None:
     """Serve the demo checkpoint and show what it does."""
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = out_console()
     begin = time.perf_counter()
     console.print(f"expertmesh serve {checkpoint.name} --expert-groups {groups}", style="bold")
     process = subprocess.Popen(

@@ -215,6 +215,7 @@ class Service:
             raise ConfigurationError(
                 "experts.groups", "must not use the name of a router", sorted(clash)[0]
             )
+        cluster.refuse_taken_names([*group_ids, *router_ids])
         is_shared = any(GROUP_RESOURCE in node.resources for node in cluster.nodes())
         group_bundle = {"CPU": 1.0, **({GROUP_RESOURCE: 1.0} if is_shared else {})}
         routers_here = not cluster.is_private and self.config.router.host not in WILDCARDS

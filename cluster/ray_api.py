@@ -263,6 +263,28 @@ class RayCluster:
                 hint="add nodes, or lower --expert-groups or --routers",
             )
 
+    def refuse_taken_names(self, names: Sequence[str]) -> None:
+        """Check that no other service uses these names in the namespace.
+
+        Raises:
+            ConfigurationError: One does.
+        """
+        import ray
+
+        with self.guard():
+            present = set(ray.util.list_named_actors())
+        for name in names:
+            if name in present:
+                raise self._name_taken(name)
+
+    def _name_taken(self, name: str) -> ConfigurationError:
+        return ConfigurationError(
+            "cluster.namespace",
+            f"is in use: another service has the actor {name} in it",
+            self.namespace,
+            hint="stop that service, or give this one another --namespace",
+        )
+
     def spawn(
         self,
         actor_class: Any,
@@ -303,12 +325,7 @@ class RayCluster:
                     scheduling_strategy=strategy,
                 ).remote(*args)
         except ValueError as error:
-            raise ConfigurationError(
-                "cluster.namespace",
-                f"is in use: it already has an actor {name} ({error})",
-                self.namespace,
-                hint="stop that service, or set EXPERTMESH_CLUSTER__NAMESPACE",
-            ) from error
+            raise self._name_taken(name) from error
         actor = Actor(name, handle)
         self.actors.append(actor)
         return actor

@@ -25,13 +25,17 @@ def clean_environment(tmp: str | None = None) -> dict[str, str]:
 
 
 def run_cli(
-    *arguments: str, stdin: str = "", timeout_s: float = 60.0, tmp: str | None = None
+    *arguments: str,
+    stdin: str = "",
+    timeout_s: float = 90.0,
+    tmp: str | None = None,
+    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of `expertmesh` to its end."""
     return subprocess.run(
         [*CLI, *arguments],
         cwd=ROOT,
-        env=clean_environment(tmp),
+        env={**clean_environment(tmp), **(env or {})},
         input=stdin,
         capture_output=True,
         text=True,
@@ -42,11 +46,17 @@ def run_cli(
 class Served:
     """`expertmesh serve` in a process group of its own; ends with the `with` block."""
 
-    def __init__(self, checkpoint: Path, *flags: str, tmp: str | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        *flags: str,
+        tmp: str | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
         self._process = subprocess.Popen(
             [*CLI, "serve", str(checkpoint), "--port", "0", *flags],
             cwd=ROOT,
-            env=clean_environment(tmp),
+            env={**clean_environment(tmp), **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
