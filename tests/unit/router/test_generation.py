@@ -347,6 +347,7 @@ def held() -> Iterator[GatewayService]:
 def test_a_client_that_goes_away_frees_everything(held: GatewayService) -> None:
     stream = held.client.generate(PROMPT)
     assert isinstance(next(stream), Accepted)
+    eventually(lambda: not held.model.runs.is_set())
     assert not held.is_idle()
     stream.close()  # type: ignore[attr-defined]
     held.model.runs.set()
