@@ -356,7 +356,8 @@ def test_a_client_that_goes_away_frees_everything(held: GatewayService) -> None:
 
 def test_a_deadline_frees_everything(held: GatewayService) -> None:
     with pytest.raises(DeadlineExceededError):
-        held.client.complete(PROMPT, timeout_s=0.3)
+        held.client.complete(PROMPT, timeout_s=1.0)
+    eventually(lambda: not held.model.runs.is_set())
     held.model.runs.set()
     eventually(held.is_idle)
 
@@ -382,6 +383,7 @@ def test_a_live_id_is_taken_once(held: GatewayService) -> None:
     with pytest.raises(DuplicateRequestError, match="request 'twice' is already queued or running"):
         held.client.complete(PROMPT, request_id="twice")
     # The refused one must not have cancelled the one that runs.
+    eventually(lambda: not held.model.runs.is_set())
     held.model.runs.set()
     assert isinstance(next(stream), Prefill)
     stream.close()  # type: ignore[attr-defined]
