@@ -19,6 +19,7 @@ Dimension letters: R rows, P pairs, H hidden, I intermediate, S slots.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -166,6 +167,11 @@ class SlotMap:
             raise NotResidentError(self._layer_id, int(expert_ids[int(np.argmax(slots < 0))]))
         return slots
 
+    @property
+    def table(self) -> npt.NDArray[np.int32]:
+        """The live table expert -> slot, `NOT_RESIDENT` where there is none; never reallocated."""
+        return self._slot_of
+
     def residents(self) -> list[int]:
         """Return the resident experts, ascending."""
         return np.flatnonzero(self._slot_of != NOT_RESIDENT).tolist()
@@ -176,8 +182,8 @@ class NativeCompute:
 
     def __init__(self, shape: ExpertShape, kernels: Kernels) -> None:
         self.name = f"native-{kernels.isa}"
+        self.kernels = kernels
         self._shape = shape
-        self._kernels = kernels
         self._banks: dict[int, ExpertBank] = {}
         self._slots: dict[int, SlotMap] = {}
 
@@ -186,7 +192,7 @@ class NativeCompute:
         if layer_id in self._banks or num_slots == 0:
             return
         shape = self._shape
-        self._banks[layer_id] = self._kernels.new_expert_bank(
+        self._banks[layer_id] = self.kernels.new_expert_bank(
             shape.num_experts, shape.hidden_size, shape.intermediate_size, shape.dtype
         )
         slots = SlotMap(layer_id, shape.num_experts)
@@ -198,7 +204,7 @@ class NativeCompute:
     ) -> None:
         """Pack one expert into a free slot."""
         slot = self._slots[layer_id].take(expert_id)
-        self._kernels.fill_slot(self._banks[layer_id], slot, gate_up, down)
+        self.kernels.fill_slot(self._banks[layer_id], slot, gate_up, down)
         self._slots[layer_id].publish(expert_id, slot)
 
     def drop(self, layer_id: int, expert_id: int) -> None:
@@ -223,7 +229,7 @@ class NativeCompute:
             out = torch.empty((len(slots), rows.shape[1]), dtype=rows.dtype)
         else:
             out = torch.empty(rows.shape, dtype=torch.float32)
-        self._kernels.experts_forward(
+        self.kernels.experts_forward(
             self._banks[layer_id],
             rows,
             pair_row,
@@ -232,8 +238,13 @@ class NativeCompute:
             combine,
             out,
         )
-        self._kernels.park()  # the next call is a round trip away: leave the cores to the router
+        self.kernels.park()  # the next call is a round trip away: leave the cores to the router
         return out
+
+    def layers(self) -> Iterator[tuple[int, ExpertBank, npt.NDArray[np.int32]]]:
+        """Yield `(layer_id, bank, table expert -> slot)` of every reserved layer."""
+        for layer_id, bank in self._banks.items():
+            yield layer_id, bank, self._slots[layer_id].table
 
     def residents(self, layer_id: int) -> list[int]:
         """Return the layer's resident experts, ascending."""

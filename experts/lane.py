@@ -8,8 +8,8 @@ size; too large) is answered by an ERROR and the connection is closed, since whe
 starts is unknown.
 
 The thread never copies a payload: it receives into one growing buffer, kernels read views of it,
-and header and result go out in one `sendmsg`. The interpreter lock is free while it receives,
-sends, and computes anything long.
+and header and result go out in one `sendmsg`. Ordinary forwards of a group that computes natively
+are answered without the interpreter (`express.py`); the rest comes back here.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experts.calls import MAX_FRAME_BYTES
+from experts.express import Buffers, Event
 from experts.runtime import ExpertRuntime
 from protos.codec import (
     FRAME_VERSION,
@@ -36,10 +37,11 @@ from protos.codec import (
     FrameKind,
     hello_header,
     pack_header,
-    pack_header_into,
+    result_payload_bytes,
     unpack_header,
 )
 from protos.errors import (
+    DeadlineExceededError,
     ExpertMeshError,
     InternalError,
     InvalidFieldError,
@@ -55,8 +57,9 @@ HELLO_TIMEOUT_S = 10.0
 MAX_UNIX_PATH_BYTES = 100
 """Below the 108 of `sockaddr_un`."""
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
+FIRST_BUFFER_BYTES = 256 * 1024
 KEPT_BUFFER_BYTES = 4 * 1024 * 1024
-"""A connection keeps a receive buffer up to this size; a larger frame gets one of its own."""
+"""A connection's buffers grow up to this size; a larger frame gets one of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,42 +230,70 @@ class LaneServer:
         return True
 
     def _answer_calls(self, sock: socket.socket) -> None:
-        head_in, head_out = bytearray(HEADER_BYTES), bytearray(HEADER_BYTES)
-        head_view = memoryview(head_in)
-        kept = memoryview(bytearray(64 * 1024))
-        max_payload_bytes = self.max_frame_bytes - HEADER_BYTES
-        forward = self._runtime.forward
-        while _receive(sock, head_view):
-            try:
-                header = unpack_header(head_in, max_payload_bytes=max_payload_bytes)
-                if header.kind is not FrameKind.FORWARD:
-                    raise WireFormatError(f"a lane takes forwards, got kind {int(header.kind)}")
-            except (WireFormatError, MessageTooLargeError) as error:
-                log.warning(
-                    "event=lane_malformed group=%s reason=%r", self._runtime.group_id, str(error)
-                )
-                _send_error(sock, 0, error)
-                return
-            num_bytes = header.payload_bytes
-            if num_bytes > KEPT_BUFFER_BYTES:
-                payload = memoryview(bytearray(num_bytes))
+        """Answer forwards until the peer closes or sends what cannot be trusted."""
+        buffers = Buffers(FIRST_BUFFER_BYTES)
+        while True:
+            express = self._runtime.express
+            if express is not None:
+                event, got = express.serve(sock.fileno(), buffers)
+            elif _receive(sock, buffers.head):
+                event, got = Event.HEADER_READ, HEADER_BYTES
             else:
-                if num_bytes > len(kept):
-                    kept = memoryview(bytearray(num_bytes))
-                payload = kept[:num_bytes]
-            if not _receive(sock, payload):
                 return
-            try:
-                answer, result = forward(header, payload)
-            except ExpertMeshError as error:
-                _send_error(sock, header.call_id, error)
-                continue
-            except Exception as error:  # the RPC boundary
-                log.exception("event=forward_failed group=%s", self._runtime.group_id)
-                _send_error(sock, header.call_id, InternalError(type(error).__name__))
-                continue
-            pack_header_into(head_out, answer)
-            _send(sock, head_out, result)
+            if event is Event.CLOSED:
+                if got:
+                    log.info("event=lane_cut bytes=%d", got)
+                return
+            header = self._trusted(sock, buffers.head)
+            if header is None:
+                return
+            num_bytes = max(header.payload_bytes, _result_bytes(header))
+            fits = num_bytes <= buffers.capacity
+            payload = buffers.payload[: header.payload_bytes]
+            if event is Event.HEADER_READ:
+                if header.payload_bytes > buffers.capacity:
+                    payload = memoryview(bytearray(header.payload_bytes))
+                if not _receive(sock, payload):
+                    return
+            self._answer_with_care(sock, header, payload, expired=event is Event.EXPIRED)
+            if not fits and num_bytes <= KEPT_BUFFER_BYTES:
+                buffers = Buffers(min(2 * num_bytes, KEPT_BUFFER_BYTES))
+
+    def _trusted(self, sock: socket.socket, head: memoryview) -> FrameHeader | None:
+        """Return the header of a forward; None after telling the peer what is wrong with it."""
+        try:
+            header = unpack_header(head, max_payload_bytes=self.max_frame_bytes - HEADER_BYTES)
+            if header.kind is not FrameKind.FORWARD:
+                raise WireFormatError(f"a lane takes forwards, got kind {int(header.kind)}")
+        except (WireFormatError, MessageTooLargeError) as error:
+            group_id = self._runtime.group_id
+            log.warning("event=lane_malformed group=%s reason=%r", group_id, str(error))
+            _send_error(sock, 0, error)
+            return None
+        return header
+
+    def _answer_with_care(
+        self, sock: socket.socket, header: FrameHeader, payload: memoryview, *, expired: bool
+    ) -> None:
+        """Answer one forward in Python: whatever is wrong with it gets its own error."""
+        try:
+            if expired:
+                what = f"a forward queued in group {self._runtime.group_id}"
+                raise DeadlineExceededError(what, header.deadline_ms / 1e3)
+            answer, result = self._runtime.forward(header, payload)
+        except ExpertMeshError as error:
+            _send_error(sock, header.call_id, error)
+        except Exception as error:  # the RPC boundary
+            log.exception("event=forward_failed group=%s", self._runtime.group_id)
+            _send_error(sock, header.call_id, InternalError(type(error).__name__))
+        else:
+            _send(sock, pack_header(answer), result)
+
+
+def _result_bytes(header: FrameHeader) -> int:
+    return result_payload_bytes(
+        header.num_rows, header.hidden, header.num_pairs, header.dtype, header.combine
+    )
 
 
 def _receive(sock: socket.socket, view: memoryview) -> bool:

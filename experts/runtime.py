@@ -28,8 +28,9 @@ import torch
 
 from experts import device
 from experts.calls import CallReader, culprit
-from experts.compute import ExpertCompute, ExpertShape, NotResidentError
+from experts.compute import ExpertCompute, ExpertShape, NativeCompute, NotResidentError
 from experts.compute_choice import choose_compute
+from experts.express import ComputeLock, Express, Totals
 from experts.finite import all_finite
 from experts.group_state import GroupState, GroupStatus
 from experts.load import LoadCounters
@@ -95,7 +96,7 @@ class ExpertRuntime:
         self._compute_choice = compute
         self._dtype = DTYPES[dtype]
         self._capacity_bytes = capacity_bytes
-        self._compute_lock = threading.Lock()
+        self._compute_lock = ComputeLock()
         self._control_lock = threading.Lock()
         self._state = GroupState.STARTING
         self._failure = ""
@@ -105,6 +106,7 @@ class ExpertRuntime:
         self._compute: ExpertCompute | None = None
         self._counters: LoadCounters | None = None
         self._reader: CallReader | None = None
+        self._express: Express | None = None
         self._num_calls = self._num_rows = self._num_pairs = 0
         self._busy_s = 0.0
 
@@ -117,6 +119,11 @@ class ExpertRuntime:
     def epoch(self) -> int:
         """Epoch of the placement in force; 0 before the first."""
         return self._epoch
+
+    @property
+    def express(self) -> Express | None:
+        """Native answers for lanes; None before `load`, and where the experts compute otherwise."""
+        return self._express
 
     def on_state(self, listener: Callable[[GroupState], None]) -> None:
         """Call `listener` now and after every change, from the thread that changes the state."""
@@ -152,6 +159,10 @@ class ExpertRuntime:
             self._counters = LoadCounters(shape.num_layers, shape.num_experts)
             self._reader = CallReader(shape)
             self._epoch = epoch
+            self._express = None
+            if isinstance(compute, NativeCompute):
+                self._express = Express(shape, compute, self._counters, epoch)
+            self._compute_lock.share_with(self._express)
 
     def drain(self) -> None:
         """Take no new lanes or streams; calls on open ones are still answered."""
@@ -268,7 +279,7 @@ class ExpertRuntime:
             with SafetensorsCheckpoint(self._checkpoint_path) as checkpoint:
                 self._fill(checkpoint, compute, {k: sorted(v) for k, v in wanted.items() if v})
             with self._compute_lock:
-                self._epoch = epoch
+                self._adopt_epoch(epoch)
             log.info(
                 "event=experts_loaded group=%s experts=%d epoch=%d",
                 self.group_id,
@@ -300,7 +311,7 @@ class ExpertRuntime:
             with self._compute_lock:
                 for layer_id, expert_id in unique:
                     compute.drop(layer_id, expert_id)
-                self._epoch = epoch
+                self._adopt_epoch(epoch)
             log.info(
                 "event=experts_dropped group=%s experts=%d epoch=%d",
                 self.group_id,
@@ -329,6 +340,7 @@ class ExpertRuntime:
                     if (residents := compute.residents(layer_id))
                 }
             )
+            express = Totals(0, 0, 0, 0.0) if self._express is None else self._express.totals()
             return GroupStatus(
                 group_id=self.group_id,
                 state=self._state,
@@ -339,10 +351,10 @@ class ExpertRuntime:
                 num_threads=self.num_threads,
                 resident_bytes=0 if compute is None else compute.resident_bytes,
                 capacity_bytes=self._capacity_bytes or 0,
-                num_calls=self._num_calls,
-                num_rows=self._num_rows,
-                num_pairs=self._num_pairs,
-                busy_s=self._busy_s,
+                num_calls=self._num_calls + express.calls,
+                num_rows=self._num_rows + express.rows,
+                num_pairs=self._num_pairs + express.pairs,
+                busy_s=self._busy_s + express.busy_s,
                 dtype=str(self._dtype).removeprefix("torch."),
             )
 
@@ -391,6 +403,11 @@ class ExpertRuntime:
                 layer_id, expert_ids, self._dtype
             ):
                 compute.load(layer_id, expert_id, gate_up, down)
+
+    def _adopt_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        if self._express is not None:
+            self._express.refresh(epoch)
 
     def _enter(self, state: GroupState) -> None:
         self._state = state

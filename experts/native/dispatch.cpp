@@ -11,24 +11,15 @@
 #include <poll.h>
 #include <sys/socket.h>
 
+#include "frame.h"
+
 namespace {
 
-constexpr int64_t kHeaderBytes = 64;
-constexpr uint32_t kMagic = 0x31464d45;  // "EMF1", little endian
+using em::kFrameFloat32;
+using em::kFrameBFloat16;
+using Header = em::FrameHeader;
 
-enum Kind : uint16_t { kForward = 1, kResult = 2, kError = 3 };
-enum DType : int32_t { kFloat32 = 1, kBFloat16 = 2 };
-
-struct __attribute__((packed)) Header {
-  uint32_t magic;
-  uint16_t kind, combine;
-  uint64_t call_id, placement_epoch;
-  uint32_t layer_id;
-  uint16_t dtype, version;
-  uint32_t num_rows, hidden, num_pairs, deadline_ms, compute_us, queue_us;
-  uint64_t payload_bytes;
-};
-static_assert(sizeof(Header) == kHeaderBytes, "frame header is 64 bytes");
+constexpr int64_t kHeaderBytes = sizeof(Header);
 
 inline uint16_t to_bf16(float value) {
   uint32_t bits;
@@ -47,8 +38,8 @@ inline float from_bf16(uint16_t value) {
 
 void copy_row(uint8_t* out, const uint8_t* row, int64_t hidden, int32_t from, int32_t to) {
   if (from == to) {
-    std::memcpy(out, row, hidden * (to == kFloat32 ? 4 : 2));
-  } else if (to == kBFloat16) {
+    std::memcpy(out, row, hidden * (to == kFrameFloat32 ? 4 : 2));
+  } else if (to == kFrameBFloat16) {
     const float* source = reinterpret_cast<const float*>(row);
     uint16_t* target = reinterpret_cast<uint16_t*>(out);
     for (int64_t i = 0; i < hidden; i++) target[i] = to_bf16(source[i]);
@@ -89,7 +80,7 @@ int64_t em_dispatch_pack(const int32_t* topk_ids, const float* topk_weights, int
     pair_index[p] = static_cast<int32_t>(num_pairs[g]++);
   }
   for (int64_t p = 0; p < num_all; p++) load[topk_ids[p]]++;
-  const int64_t row_bytes = hidden * (wire_dtype == kFloat32 ? 4 : 2);
+  const int64_t row_bytes = hidden * (wire_dtype == kFrameFloat32 ? 4 : 2);
   for (int64_t g = 0; g < num_groups; g++) {
     if (num_pairs[g] == 0) continue;
     const int64_t pairs = num_pairs[g];
@@ -112,8 +103,8 @@ int64_t em_dispatch_pack(const int32_t* topk_ids, const float* topk_weights, int
     }
     num_rows[g] = row;
     Header header = {};
-    header.magic = kMagic;
-    header.kind = kForward;
+    header.magic = em::kFrameMagic;
+    header.kind = em::kForward;
     header.combine = static_cast<uint16_t>(combine);
     header.call_id = call_id;
     header.placement_epoch = epoch;
@@ -200,7 +191,7 @@ void em_lane_receive(const int32_t* fds, uint8_t* const* headers, uint8_t* const
           if (received[g] < kHeaderBytes) continue;
           Header header;
           std::memcpy(&header, headers[g], sizeof header);
-          if (header.magic != kMagic) {
+          if (header.magic != em::kFrameMagic) {
             status[g] = EPROTO;
           } else if (header.payload_bytes > static_cast<uint64_t>(capacity[g])) {
             status[g] = EMSGSIZE;
@@ -222,7 +213,7 @@ void em_combine_slots(const int32_t* pair_group, const int32_t* pair_index, cons
       const int64_t p = t * top_k + k;
       const float weight = topk_weights[p];
       const int64_t offset = static_cast<int64_t>(pair_index[p]) * hidden;
-      if (dtype == kFloat32) {
+      if (dtype == kFrameFloat32) {
         const float* row = reinterpret_cast<const float*>(results[pair_group[p]]) + offset;
         if (k == 0) {
           for (int64_t i = 0; i < hidden; i++) sum[i] = weight * row[i];

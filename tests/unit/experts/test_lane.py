@@ -97,6 +97,21 @@ def test_a_frame_larger_than_the_kept_buffer_is_answered(
             assert ask(sock, header, payload)[1] == runtime.forward(header, payload)[1].tobytes()
 
 
+def test_ordinary_calls_of_a_native_group_take_the_express_and_are_counted(
+    lanes: LaneServer, runtime: ExpertRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, load = runtime.status(), runtime.load_counts().sum()
+    expected = runtime.forward(*forward_call(5))[1].tobytes()
+    monkeypatch.setattr(runtime, "forward", None)
+    with open_lane(lanes.offer(version=1, host_id=HERE)) as sock:
+        for _ in range(3):
+            assert ask(sock, *forward_call(5))[1] == expected
+    after = runtime.status()
+    assert after.num_calls - before.num_calls == 4
+    assert after.num_rows - before.num_rows == 20
+    assert after.num_pairs - before.num_pairs == runtime.load_counts().sum() - load
+
+
 def test_a_call_that_fails_does_not_end_the_lane(
     lanes: LaneServer, runtime: ExpertRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +134,7 @@ def test_a_fault_of_ours_is_an_internal_error_without_its_text(
         patched.setattr(runtime, "forward", faulty)
         sock = open_lane(lanes.offer(version=1, host_id=HERE))
         with pytest.raises(InternalError, match="KeyError") as raised:
-            ask(sock, *forward_call())
+            ask(sock, *forward_call(placement_epoch=9))  # not ordinary: past the express
         assert "secret" not in str(raised.value)
     sock.close()
 

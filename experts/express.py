@@ -1,0 +1,160 @@
+"""The express: ordinary forwards of a lane answered by native code alone, frame after frame.
+
+`experts/native/serve.cpp` reads, computes and answers without the interpreter (about 40 us less a
+call) until a frame is out of the ordinary; `lane.py` then answers that one with `ExpertRuntime`,
+where every case has its typed error. Only a group that computes natively has an express.
+
+The express owns the innermost lock of the group: whoever changes epoch or residency, or reads
+counters, holds it (`ComputeLock`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from enum import IntEnum
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+from experts.compute import ExpertShape, NativeCompute
+from experts.load import LoadCounters
+from protos.codec import HEADER_BYTES, dtype_of_torch
+
+
+class Event(IntEnum):
+    """Why the express stopped."""
+
+    CLOSED = 0
+    """The peer closed the lane."""
+    HEADER_READ = 1
+    """A header is read that is no ordinary forward, or a payload larger than the buffer."""
+    FRAME_READ = 2
+    """A whole forward is read that has to be answered with care."""
+    EXPIRED = 3
+    """As `FRAME_READ`, but its caller has stopped waiting."""
+
+
+class Totals(NamedTuple):
+    """What the express has done."""
+
+    calls: int
+    rows: int
+    pairs: int
+    busy_s: float
+
+
+class Buffers:
+    """What one lane receives into and answers from; `capacity` bytes for a payload or a result."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._head = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        self._payload = torch.empty(capacity, dtype=torch.uint8)
+        self._result = torch.empty(capacity, dtype=torch.uint8)
+        self.head = memoryview(self._head.numpy())  # type: ignore[arg-type]
+        self.payload = memoryview(self._payload.numpy())  # type: ignore[arg-type]
+        self.addresses = (
+            self._head.data_ptr(),
+            self._payload.data_ptr(),
+            self._result.data_ptr(),
+            capacity,
+        )
+
+
+class Express:
+    """The native answers of one group.
+
+    Args:
+        shape: Of the group's experts.
+        compute: Holds them.
+        counters: Counted in place.
+        epoch: Of the placement in force.
+    """
+
+    def __init__(
+        self, shape: ExpertShape, compute: NativeCompute, counters: LoadCounters, epoch: int
+    ) -> None:
+        self._native = compute.kernels.long
+        self._compute, self._counters = compute, counters  # native code points into both
+        self._address = self._native.express_new(
+            shape.num_layers,
+            shape.num_experts,
+            shape.hidden_size,
+            shape.intermediate_size,
+            int(dtype_of_torch(shape.dtype)),
+        )
+        if not self._address:
+            raise MemoryError("cannot allocate the express")
+        weakref.finalize(self, self._native.express_free, self._address).atexit = False
+        self.refresh(epoch)
+
+    def refresh(self, epoch: int) -> None:
+        """Adopt the epoch and the layers that the compute holds now; under the lock."""
+        for layer_id, bank, table in self._compute.layers():
+            self._native.express_set_layer(
+                *(self._address, layer_id, bank.address, bank.num_slots),
+                *(table.ctypes.data, self._counters.counts[layer_id].ctypes.data),
+            )
+        self._native.express_set_epoch(self._address, epoch)
+
+    def lock(self) -> None:
+        """Wait for the forward under way and hold off the next."""
+        self._native.express_lock(self._address)
+
+    def unlock(self) -> None:
+        """Let forwards go on."""
+        self._native.express_unlock(self._address)
+
+    def totals(self) -> Totals:
+        """Return what was done so far; under the lock."""
+        found = (ctypes.c_int64 * 4)()
+        self._native.express_totals(self._address, found)
+        return Totals(found[0], found[1], found[2], found[3] / 1e9)
+
+    def serve(self, fd: int, buffers: Buffers) -> tuple[Event, int]:
+        """Answer forwards on a blocking socket until one is out of the ordinary.
+
+        Returns:
+            Why it stopped, and how many bytes of the last part were read.
+
+        Raises:
+            OSError: The socket broke.
+        """
+        got = ctypes.c_int64()
+        event = self._native.express_serve(self._address, fd, *buffers.addresses, ctypes.byref(got))
+        if event < 0:
+            raise OSError(-event, "lane")
+        return Event(event), got.value
+
+
+class ComputeLock:
+    """The group's compute lock, which native lanes share once there is an express."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._express: Express | None = None
+        self._held: Express | None = None
+
+    def share_with(self, express: Express | None) -> None:
+        """Also lock this express from now on; called with the lock held."""
+        self._express = express
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._held = self._express
+        if self._held is not None:
+            self._held.lock()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            held.unlock()
+        self._lock.release()
