@@ -3,6 +3,7 @@
 // Everything here runs without the interpreter lock. One call packs the frames of all groups, one sends them, one receives all
 // answers, one sums them. The frame layout is documented in protos/v1/experts.proto; the slow twin is router/gating/dispatch.py.
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include <sys/socket.h>
 
 #include "frame.h"
+#include "pool.h"
 
 namespace {
 
@@ -47,6 +49,25 @@ void copy_row(uint8_t* out, const uint8_t* row, int64_t hidden, int32_t from, in
     const uint16_t* source = reinterpret_cast<const uint16_t*>(row);
     float* target = reinterpret_cast<float*>(out);
     for (int64_t i = 0; i < hidden; i++) target[i] = from_bf16(source[i]);
+  }
+}
+
+inline float widen(float value) { return value; }
+inline float widen(uint16_t value) { return from_bf16(value); }
+
+template <class Element>
+void sum_token(int64_t t, const int32_t* pair_group, const int32_t* pair_index, const float* topk_weights, int64_t top_k,
+               int64_t hidden, uint8_t* const* results, float* out) {
+  float* sum = out + t * hidden;
+  for (int64_t k = 0; k < top_k; k++) {
+    const int64_t p = t * top_k + k;
+    const float weight = topk_weights[p];
+    const auto* row = reinterpret_cast<const Element*>(results[pair_group[p]]) + int64_t(pair_index[p]) * hidden;
+    if (k == 0) {
+      for (int64_t i = 0; i < hidden; i++) sum[i] = weight * widen(row[i]);
+    } else {
+      for (int64_t i = 0; i < hidden; i++) sum[i] = __builtin_fmaf(weight, widen(row[i]), sum[i]);
+    }
   }
 }
 
@@ -204,32 +225,24 @@ void em_lane_receive(const int32_t* fds, uint8_t* const* headers, uint8_t* const
   }
 }
 
-// Sums slot results in top-k order: out[t] = sum over k of topk_weights[t,k] * results[pair_group][pair_index], float32.
+// Sums slot results in top-k order: out[t] = sum over k of topk_weights[t,k] * results[pair_group][pair_index], float32. Tokens are
+// independent, so how they are split over threads never changes a bit.
 void em_combine_slots(const int32_t* pair_group, const int32_t* pair_index, const float* topk_weights, int64_t num_tokens,
                       int64_t top_k, int64_t hidden, int32_t dtype, uint8_t* const* results, float* out) {
-  for (int64_t t = 0; t < num_tokens; t++) {
-    float* sum = out + t * hidden;
-    for (int64_t k = 0; k < top_k; k++) {
-      const int64_t p = t * top_k + k;
-      const float weight = topk_weights[p];
-      const int64_t offset = static_cast<int64_t>(pair_index[p]) * hidden;
-      if (dtype == kFrameFloat32) {
-        const float* row = reinterpret_cast<const float*>(results[pair_group[p]]) + offset;
-        if (k == 0) {
-          for (int64_t i = 0; i < hidden; i++) sum[i] = weight * row[i];
-        } else {
-          for (int64_t i = 0; i < hidden; i++) sum[i] = __builtin_fmaf(weight, row[i], sum[i]);
-        }
-      } else {
-        const uint16_t* row = reinterpret_cast<const uint16_t*>(results[pair_group[p]]) + offset;
-        if (k == 0) {
-          for (int64_t i = 0; i < hidden; i++) sum[i] = weight * from_bf16(row[i]);
-        } else {
-          for (int64_t i = 0; i < hidden; i++) sum[i] = __builtin_fmaf(weight, from_bf16(row[i]), sum[i]);
-        }
-      }
-    }
+  const auto sum = [&](int64_t t) {
+    dtype == kFrameFloat32 ? sum_token<float>(t, pair_group, pair_index, topk_weights, top_k, hidden, results, out)
+                           : sum_token<uint16_t>(t, pair_group, pair_index, topk_weights, top_k, hidden, results, out);
+  };
+  constexpr int64_t kTokensPerTask = 32;
+  if (num_tokens <= 2 * kTokensPerTask) {
+    for (int64_t t = 0; t < num_tokens; t++) sum(t);
+    return;
   }
+  em::Region region;
+  region.run((num_tokens + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task) {
+    const int64_t end = std::min(num_tokens, (task + 1) * kTokensPerTask);
+    for (int64_t t = task * kTokensPerTask; t < end; t++) sum(t);
+  });
 }
 
 }  // extern "C"
