@@ -63,7 +63,8 @@ class Outcome:
     @property
     def verdict(self) -> str:
         """`met`, `missed`, `ran` (no bar) or `FAILED`."""
-        is_met = self.last.get("figures", {}).get("is_met")
+        figures = self.last.get("figures")
+        is_met = figures.get("is_met") if isinstance(figures, dict) else None
         if not self.last or (self.exit_code != 0 and is_met is not False):
             return "FAILED"
         return {True: "met", False: "missed", None: "ran"}[is_met]
