@@ -387,9 +387,12 @@ class StalePlacementError(ExpertCallError):
     retry = Retry.OTHER_COPY
 
     def __init__(self, layer_id: int, expert_id: int, group_epoch: int, call_epoch: int) -> None:
+        expert = f"layer {layer_id} expert {expert_id}"
         super().__init__(
-            f"layer {layer_id} expert {expert_id} is not resident: the group is at placement epoch"
-            f" {group_epoch}, the call at {call_epoch}",
+            f"{expert} is not resident in the group at placement epoch {group_epoch}"
+            if group_epoch == call_epoch
+            else f"{expert}: the group is at placement epoch {group_epoch}, the call at"
+            f" {call_epoch}",
             layer_id=layer_id,
             expert_id=expert_id,
             group_epoch=group_epoch,

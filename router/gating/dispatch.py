@@ -27,7 +27,12 @@ from experts.load import LoadCounters
 from experts.native.kernels import Kernels
 from experts.placement import Placement
 from protos import codec
-from protos.errors import GroupLostError, StalePlacementError, from_status_bytes
+from protos.errors import (
+    GroupLostError,
+    StalePlacementError,
+    WireFormatError,
+    from_status_bytes,
+)
 from router.gating.choice import first_copies
 from router.gating.packing import CallOptions, NativePacking, PackedCall, Packing, TorchPacking
 from router.gating.transport.base import FrameBuffer, Transport
@@ -221,23 +226,26 @@ class ExpertDispatcher:
                     self.transports[group].receive(
                         self._headers[group], self._results[group], self._timeout_s
                     )
-            for group in handle.called:
-                self._check_answer(call, group)
         except BaseException:
             self._reset()
             raise
         finally:
             self.dispatch_s += time.perf_counter() - started
         self._in_flight = False
+        for group in handle.called:
+            self._check_answer(call, group)
         if options.combine == codec.Combine.SLOTS:
             return self._packing.sum_slots(call, self._results)
         return self._sum_partial(call, handle.called)
 
     def _check_answer(self, call: PackedCall, group: int) -> None:
-        """Raise what is wrong with a received answer; the common case costs one comparison."""
-        options = self.options
-        header = codec.unpack_header(self._headers[group].view)
-        transport = self.transports[group]
+        """Raise what is wrong with a received answer, and close what cannot be trusted."""
+        options, transport = self.options, self.transports[group]
+        try:
+            header = codec.unpack_header(self._headers[group].view)
+        except WireFormatError as error:
+            transport.close()
+            raise GroupLostError(group_id=transport.group_id, detail=str(error)) from error
         if header.call_id != call.call_id:
             transport.close()
             raise GroupLostError(

@@ -38,7 +38,7 @@ class LaneTransport:
     ) -> None:
         self.group_id = group_id
         self.name = "lane"
-        self._stub = experts_pb2_grpc.ExpertServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._stub = experts_pb2_grpc.ExpertServiceStub(channel)
         self._router_id = router_id
         self._connect_timeout_s = connect_timeout_s
         self._socket: socket.socket | None = None
@@ -79,7 +79,7 @@ class LaneTransport:
             else:
                 self.name = "lane-tcp"
                 host, port = answer.tcp_address.rsplit(":", 1)
-                lane = socket.create_connection((host, int(port)), timeout=left_s)
+                lane = socket.create_connection((host.strip("[]"), int(port)), timeout=left_s)
                 lane.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             lane.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
             lane.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)

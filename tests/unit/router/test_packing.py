@@ -70,7 +70,9 @@ def run(
 
 @pytest.mark.parametrize("wire_dtype", [codec.DType.FLOAT32, codec.DType.BFLOAT16])
 @pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 1), (1, 5), (17, 4), (64, 12), (300, 4), (0, 3)])
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k"), [(1, 1), (1, 5), (17, 4), (64, 12), (300, 4), (0, 3)]
+)
 def test_native_packing_equals_the_torch_twin(
     wire_dtype: codec.DType, rows_dtype: torch.dtype, num_tokens: int, top_k: int
 ) -> None:
