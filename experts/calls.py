@@ -22,10 +22,10 @@ from protos.codec import (
 )
 from protos.errors import MessageTooLargeError, NonFiniteError, WireFormatError
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""Bound of a gRPC message between a router and a group."""
 MAX_FRAME_BYTES = 512 * 1024 * 1024
-"""Bound of a frame on a lane, header included: a prefill of 8192 tokens, top-8 of width 4096."""
+"""Bound of a frame, header included: a prefill of 8192 tokens, top-8 of width 4096."""
+MAX_MESSAGE_BYTES = MAX_FRAME_BYTES + 1024
+"""Bound of a gRPC message between a router and a group: a frame and its field's tag."""
 
 
 class CallReader:

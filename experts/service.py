@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 SERVICE_NAME = "expertmesh.v1.ExpertService"
 MAX_STREAMS = 64
 MIN_INTERVAL_S = 0.1
+INLINE_BYTES = 64 * 1024
+"""Frames up to this size are answered on the event loop: a thread hop costs more than they do."""
 START_TIMEOUT_S = 30.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -77,7 +79,10 @@ class ExpertServicer:
         self._num_streams += 1
         try:
             async for message in requests:
-                yield await loop.run_in_executor(self._workers, self._answer, message)
+                if len(message) <= INLINE_BYTES:
+                    yield self._answer(message)
+                else:
+                    yield await loop.run_in_executor(self._workers, self._answer, message)
         finally:
             self._num_streams -= 1
 
@@ -176,7 +181,7 @@ class ExpertServicer:
         except Exception as error:  # the RPC boundary
             log.exception("event=forward_failed group=%s", self._runtime.group_id)
             return _error_message(call_id, InternalError(type(error).__name__))
-        message = encode_frame_field(b"".join((pack_header(answer), result)))
+        message = encode_frame_field(pack_header(answer), result)
         if len(message) > MAX_MESSAGE_BYTES:
             return _error_message(call_id, MessageTooLargeError(len(message), MAX_MESSAGE_BYTES))
         return message
@@ -356,4 +361,4 @@ async def _abort(context: Context, error: ExpertMeshError) -> NoReturn:
 def _error_message(call_id: int, error: ExpertMeshError) -> bytes:
     status = error.to_status().SerializeToString()
     header = FrameHeader(kind=FrameKind.ERROR, call_id=call_id, payload_bytes=len(status))
-    return encode_frame_field(pack_header(header) + status)
+    return encode_frame_field(pack_header(header), status)

@@ -302,14 +302,15 @@ def payload_bytes_of(buffer: Buffer) -> int | None:
     return int(num_bytes)
 
 
-def encode_frame_field(frame: Buffer) -> bytes:
-    """Return the serialised `ForwardRequest` or `ForwardResponse` that holds `frame`: one copy."""
-    size, prefix = len(frame), bytearray((_FRAME_TAG,))
+def encode_frame_field(*parts: Buffer) -> bytes:
+    """Return the serialised `ForwardRequest` or `ForwardResponse` whose frame is `parts` joined:
+    one copy."""
+    size, prefix = sum(map(len, parts)), bytearray((_FRAME_TAG,))
     while size >= 0x80:
         prefix.append(size & 0x7F | 0x80)
         size >>= 7
     prefix.append(size)
-    return b"".join((prefix, frame))
+    return b"".join((prefix, *parts))
 
 
 def decode_frame_field(message: bytes) -> memoryview:

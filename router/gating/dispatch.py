@@ -23,6 +23,7 @@ import grpc
 import torch
 from torch import Tensor
 
+from experts.calls import MAX_MESSAGE_BYTES
 from experts.load import LoadCounters
 from experts.native.kernels import Kernels
 from experts.placement import Placement
@@ -43,9 +44,6 @@ from router.gating.transport.lanes import LaneSet
 TransportName = Literal["auto", "lane", "grpc"]
 DISPATCH_TIMEOUT_S = 120.0
 """Longest wait for one layer's answers before a group counts as lost."""
-MAX_MESSAGE_BYTES = 1 << 30
-"""A dispatch of 8,192 tokens of hidden 4,096 to one group answers 655 MB in bfloat16 with top-10;
-chunks keep real ones far below."""
 
 
 @dataclass(slots=True)
@@ -66,6 +64,7 @@ class ExpertDispatcher:
         options: hidden size, top-k, dtypes and combine mode of every call.
         kernels: Native kernels, or None for the torch twin.
         timeout_s: Bound on one layer's wait.
+        channels: Closed with the dispatcher.
     """
 
     def __init__(
@@ -75,6 +74,7 @@ class ExpertDispatcher:
         options: CallOptions,
         kernels: Kernels | None = None,
         timeout_s: float = DISPATCH_TIMEOUT_S,
+        channels: Sequence[grpc.Channel] = (),
     ) -> None:
         self.placement = placement
         self.transports = transports
@@ -88,6 +88,7 @@ class ExpertDispatcher:
         self._frames = [FrameBuffer() for _ in range(num)]
         self._headers = [FrameBuffer(codec.HEADER_BYTES) for _ in range(num)]
         self._results = [FrameBuffer() for _ in range(num)]
+        self._channels = channels
         self._call_id = 0
         self._in_flight = False
         self._packing: Packing
@@ -134,6 +135,7 @@ class ExpertDispatcher:
             deadline_ms=int(timeout_s * 1000),
         )
         transports: list[Transport] = []
+        channels: list[grpc.Channel] = []
         for group_id in placement.groups:
             channel = grpc.insecure_channel(
                 group_addresses[group_id],
@@ -142,13 +144,14 @@ class ExpertDispatcher:
                     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ],
             )
+            channels.append(channel)
             if transport == "grpc":
                 transports.append(GrpcStreamTransport(group_id, channel))
             else:
                 lane = LaneTransport(group_id, channel, router_id)
                 lane.open()
                 transports.append(lane)
-        return cls(placement, transports, options, kernels, timeout_s)
+        return cls(placement, transports, options, kernels, timeout_s, channels)
 
     def dispatch(
         self, layer_id: int, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor
@@ -291,8 +294,10 @@ class ExpertDispatcher:
         self._in_flight = False
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close every connection and channel."""
         self._reset()
+        for channel in self._channels:
+            channel.close()
 
 
 MIN_RESULT_BYTES = 16 << 10

@@ -27,9 +27,9 @@ class GrpcStreamTransport:
     def __init__(self, group_id: str, channel: grpc.Channel) -> None:
         self.group_id = group_id
         self.name = "grpc"
-        self._open = channel.stream_stream(
+        self._open: grpc.StreamStreamMultiCallable[bytes, memoryview] = channel.stream_stream(
             "/expertmesh.v1.ExpertService/Forward",
-            request_serializer=codec.encode_frame_field,
+            request_serializer=None,
             response_deserializer=codec.decode_frame_field,
         )
         self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -43,7 +43,7 @@ class GrpcStreamTransport:
         """See `Transport.send`."""
         if self._call is None:
             self._start()
-        self._frames.put(bytes(frame))
+        self._frames.put(codec.encode_frame_field(frame))
 
     def _start(self) -> None:
         self._frames = queue.SimpleQueue()
