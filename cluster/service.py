@@ -17,7 +17,7 @@ import numpy.typing as npt
 from cluster.members import GroupMember
 from experts.placement import Placement
 from experts.planner import balancedness, group_load, num_moves, plan_placement
-from protos.errors import InvalidFieldError, UnsupportedFeatureError
+from protos.errors import InvalidFieldError, UnsupportedFeatureError, from_rpc_error
 from protos.v1 import cluster_pb2, cluster_pb2_grpc, experts_pb2, experts_pb2_grpc
 
 ASK_TIMEOUT_S = 2.0
@@ -111,7 +111,10 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         if target in routers:
             async with grpc.aio.insecure_channel(routers[target]) as channel:
                 stub = cluster_pb2_grpc.ClusterServiceStub(channel)
-                answer = await stub.Drain(request, timeout=timeout_s + ASK_TIMEOUT_S)
+                try:
+                    answer = await stub.Drain(request, timeout=timeout_s + ASK_TIMEOUT_S)
+                except grpc.RpcError as error:
+                    raise from_rpc_error(error) from error
                 return cast(cluster_pb2.DrainResponse, answer)
         groups = [member.group_id for member in self._router.group_members()]
         if target in groups:
