@@ -127,6 +127,8 @@ class RouterProcess:
         self._text = TextProcessor.from_checkpoint(self._path)
         self._defaults = SamplingDefaults.from_checkpoint(self._path)
         self._ops: Ops = choose_ops(self._dtype, torch.device("cpu"), self._config.router.trunk_ops)
+        self._kernels = load_kernels() if self._ops.name == "native" else None
+        self._ops_name = f"native-{self._kernels.isa}" if self._kernels else self._ops.name
         with SafetensorsCheckpoint(self._path) as checkpoint:
             self._weights: TrunkWeights = load_trunk(
                 checkpoint, self._model, self._ops, self._dtype
@@ -146,8 +148,7 @@ class RouterProcess:
         self._members = start.groups
         if start.placement_json is not None:
             self._placement = Placement.from_json(start.placement_json)
-            kernels = load_kernels() if self._ops.name == "native" else None
-            self._dispatcher = self._connect(start, kernels)
+            self._dispatcher = self._connect(start, self._kernels)
         decoder = Decoder(self._model, self._weights, self._ops, self._dispatcher)
         delivery = LoopDelivery()
         engine = Engine(
@@ -193,7 +194,7 @@ class RouterProcess:
         engine.drain()
         deadline = time.monotonic() + timeout_s
         pause = threading.Event()
-        while (left := _live_requests(engine)) and time.monotonic() < deadline:
+        while (left := engine.num_live) and time.monotonic() < deadline:
             pause.wait(DRAIN_POLL_S)
         log.info("router_drained router=%s left=%d", self.router_id, left)
         return left
@@ -234,7 +235,7 @@ class RouterProcess:
             step_s=stats.step_s,
             dispatch_s=stats.dispatch_s,
             pid=os.getpid(),
-            trunk_ops=_ops_name(self._ops),
+            trunk_ops=self._ops_name,
         )
 
     def service_status(self) -> cluster_pb2.ClusterStatus:
@@ -276,13 +277,9 @@ class RouterProcess:
     async def drain_and_leave(self, timeout_s: float) -> int:
         """Drain, then end the process a moment after the answer."""
         loop = asyncio.get_running_loop()
-        left = await loop.run_in_executor(None, self.drain_from_loop, timeout_s)
+        left = await loop.run_in_executor(None, self.drain, timeout_s)
         threading.Timer(LEAVE_DELAY_S, self._ended.set).start()
         return left
-
-    def drain_from_loop(self, timeout_s: float) -> int:
-        """Drain from a worker thread of the gateway's loop."""
-        return self.drain(timeout_s)
 
     def _connect(self, start: RouterStart, kernels: Kernels | None) -> ExpertDispatcher:
         assert self._placement is not None
@@ -354,15 +351,3 @@ class RouterProcess:
 
 STREAM_END_S = 1.0
 """How long the gateway gets to tell the clients of cut streams what happened."""
-
-
-def _live_requests(engine: Engine) -> int:
-    stats = engine.stats()
-    return stats.num_running + stats.num_waiting
-
-
-def _ops_name(ops: Ops) -> str:
-    if ops.name != "native":
-        return ops.name
-    kernels = load_kernels()
-    return f"native-{kernels.isa}" if kernels is not None else ops.name

@@ -310,6 +310,12 @@ class Engine:
         else:
             self._abandon(EngineStoppedError())
 
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended; exact at any moment, unlike `stats`."""
+        with self._wake:
+            return len(self._live)
+
     def stats(self) -> EngineStats:
         """Return a snapshot; numbers of a step that is under way may be half there."""
         scheduler = self._scheduler

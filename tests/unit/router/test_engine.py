@@ -579,7 +579,9 @@ def test_cancel_frees_within_one_step() -> None:
     assert len(outputs.tokens["running", 0]) == 3
     assert outputs.last["third", 0].finish_reason is FinishReason.CANCELLED
     assert (engine.stats().num_running, engine.stats().num_waiting) == (1, 0)
+    assert engine.num_live == 1
     run(engine)
+    assert engine.num_live == 0
     assert_as_expected([waiting], outputs)
     assert_all_free(engine)
 
