@@ -149,8 +149,15 @@ class ExpertDispatcher:
                 transports.append(GrpcStreamTransport(group_id, channel))
             else:
                 lane = LaneTransport(group_id, channel, router_id)
-                lane.open()
                 transports.append(lane)
+                try:
+                    lane.open()
+                except GroupLostError:
+                    for opened in channels:
+                        opened.close()
+                    for made in transports:
+                        made.close()
+                    raise
         return cls(placement, transports, options, kernels, timeout_s, channels)
 
     def dispatch(

@@ -132,13 +132,15 @@ class LaneTransport:
         return num_bytes
 
     def _receive_exactly(self, into: memoryview, end: float) -> None:
+        if self._socket is None:
+            raise self.lose("no open lane")
+        poll = select.poll()  # takes descriptors of any number, unlike select()
+        poll.register(self._socket, select.POLLIN)
         done = 0
         while done < len(into):
-            if self._socket is None:
-                raise self.lose("no open lane")
             left_s = end - time.monotonic()
             try:
-                ready = left_s > 0 and select.select([self._socket], [], [], left_s)[0]
+                ready = left_s > 0 and poll.poll(left_s * 1000)
                 got = self._socket.recv_into(into[done:]) if ready else -1
             except OSError as error:
                 raise self.lose(f"receive: {error}") from error

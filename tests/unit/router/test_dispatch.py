@@ -3,6 +3,8 @@ wrong."""
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +23,9 @@ from protos import codec
 from protos.errors import GroupLostError, NonFiniteError, StalePlacementError
 from router.gating.dispatch import ExpertDispatcher
 from router.gating.packing import CallOptions
+from router.gating.transport.lane import LaneTransport
 from router.gating.transport.local import LocalTransport
+from tests.eventually import eventually
 from tests.parity.checkpoints import SIZES, make_checkpoint
 from tests.parity.oracle import LoopExperts
 
@@ -244,6 +248,68 @@ def test_a_group_that_answers_garbage_is_lost(
     thread.join()
     dispatcher.close()
     ours.close()
+
+
+def test_an_answer_of_another_epoch_is_stale_and_closes_the_connection(
+    groups: Callable[..., Groups], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatcher = connect(groups(a=1.0))
+    (lane,) = dispatcher.transports
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(lane, "_socket", ours)
+    answer = codec.FrameHeader(
+        kind=codec.FrameKind.RESULT,
+        call_id=1,
+        placement_epoch=9,
+        num_rows=1,
+        hidden=HIDDEN,
+        num_pairs=TOP_K,
+        payload_bytes=TOP_K * HIDDEN * 4,
+    )
+    handle = dispatcher.dispatch(0, *call(1))
+    theirs.sendall(codec.pack_header(answer) + bytes(answer.payload_bytes))
+    with pytest.raises(StalePlacementError) as caught:
+        dispatcher.combine(handle)
+    assert caught.value.fields["group_epoch"] == 9
+    assert ours.fileno() == -1
+    theirs.close()
+    assert torch.isfinite(dispatcher.combine(dispatcher.dispatch(0, *call(1)))).all()
+    dispatcher.close()
+
+
+def test_a_group_that_cannot_be_reached_leaves_no_connection_to_the_others(
+    groups: Callable[..., Groups], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = groups(a=3.0, b=1.0)
+    lanes = two.servers["a"].lanes
+    before = lanes.num_open
+    open_lane = LaneTransport.open
+
+    def open_all_but_b(lane: LaneTransport) -> None:
+        if lane.group_id == "b":
+            raise GroupLostError(group_id="b", detail="down")
+        open_lane(lane)
+
+    monkeypatch.setattr(LaneTransport, "open", open_all_but_b)
+    with pytest.raises(GroupLostError, match="down"):
+        connect(two)
+    eventually(lambda: lanes.num_open == before)
+
+
+def test_a_lane_whose_descriptor_is_too_large_for_select_is_read(
+    groups: Callable[..., Groups], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft <= 1500:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    dispatcher = connect(groups(a=1.0), kernels=None)
+    (lane,) = dispatcher.transports
+    assert isinstance(lane, LaneTransport)
+    os.dup2(lane.fileno(), 1500)
+    monkeypatch.setattr(lane, "_socket", socket.socket(fileno=1500))
+    assert torch.isfinite(dispatcher.combine(dispatcher.dispatch(0, *call(1)))).all()
+    dispatcher.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_silent_group_is_lost_after_the_bound(
