@@ -6,8 +6,7 @@ import os
 import socket
 import stat
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from protos.errors import (
     StalePlacementError,
     WireFormatError,
 )
+from tests.eventually import eventually
 from tests.unit.experts.builders import HIDDEN, forward_call, loaded_runtime, tensors, write
 from tests.unit.experts.lane_client import ask, connect, exactly, greet, open_lane, receive
 
@@ -56,14 +56,6 @@ def lanes(runtime: ExpertRuntime, clock: Clock) -> Iterator[LaneServer]:
     )
     yield server
     server.stop()
-
-
-def eventually(check: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while not check():
-        assert time.monotonic() < end_s, "it did not happen"
-        pause.wait(0.005)
 
 
 def lane_threads() -> int:
