@@ -14,6 +14,7 @@ know sequences, blocks or the trunk.
 from __future__ import annotations
 
 import ctypes
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,9 +42,13 @@ from router.gating.transport.grpc_stream import GrpcStreamTransport
 from router.gating.transport.lane import LaneTransport
 from router.gating.transport.lanes import LaneSet
 
+log = logging.getLogger(__name__)
+
 TransportName = Literal["auto", "lane", "grpc"]
 DISPATCH_TIMEOUT_S = 120.0
 """Longest wait for one layer's answers before a group counts as lost."""
+GRPC_READY_TIMEOUT_S = 2.0
+"""How long a group without a lane gets to show that it answers gRPC."""
 
 
 @dataclass(slots=True)
@@ -121,7 +126,8 @@ class ExpertDispatcher:
 
         Args:
             group_addresses: group_id -> `host:port` of the group's gRPC server.
-            transport: `lane`, `grpc`, or `auto`, which is `lane`.
+            transport: `lane`, `grpc`, or `auto`: a lane, or a gRPC stream to a group that answers
+                gRPC only (its lane port is behind a firewall, say).
 
         Raises:
             GroupLostError: A group cannot be reached.
@@ -152,7 +158,11 @@ class ExpertDispatcher:
                 transports.append(lane)
                 try:
                     lane.open()
-                except GroupLostError:
+                except GroupLostError as error:
+                    if transport == "auto" and _answers(channel):
+                        log.warning("event=no_lane group=%s reason=%r", group_id, str(error))
+                        transports[-1] = GrpcStreamTransport(group_id, channel)
+                        continue
                     for opened in channels:
                         opened.close()
                     for made in transports:
@@ -305,6 +315,14 @@ class ExpertDispatcher:
         self._reset()
         for channel in self._channels:
             channel.close()
+
+
+def _answers(channel: grpc.Channel) -> bool:
+    try:
+        grpc.channel_ready_future(channel).result(GRPC_READY_TIMEOUT_S)
+    except grpc.FutureTimeoutError:
+        return False
+    return True
 
 
 MIN_RESULT_BYTES = 16 << 10

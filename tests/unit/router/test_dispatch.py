@@ -292,8 +292,26 @@ def test_a_group_that_cannot_be_reached_leaves_no_connection_to_the_others(
 
     monkeypatch.setattr(LaneTransport, "open", open_all_but_b)
     with pytest.raises(GroupLostError, match="down"):
-        connect(two)
+        connect(two, transport="lane")
     eventually(lambda: lanes.num_open == before)
+
+
+def test_auto_takes_a_stream_where_no_lane_opens(
+    groups: Callable[..., Groups], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = groups(a=1.0)
+    direct = connect(one, transport="lane")
+    expected = direct.combine(direct.dispatch(0, *call(4)))
+    direct.close()
+
+    def refuse(lane: LaneTransport) -> None:
+        raise GroupLostError(group_id=lane.group_id, detail="lane: timed out")
+
+    monkeypatch.setattr(LaneTransport, "open", refuse)
+    dispatcher = connect(one, transport="auto")
+    assert [transport.name for transport in dispatcher.transports] == ["grpc"]
+    assert torch.equal(dispatcher.combine(dispatcher.dispatch(0, *call(4))), expected)
+    dispatcher.close()
 
 
 def test_a_lane_whose_descriptor_is_too_large_for_select_is_read(
