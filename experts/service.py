@@ -1,9 +1,9 @@
 """`ExpertService` over gRPC, and the server that a group's process runs.
 
 The server has an event loop and a thread of its own, so a Ray actor, a test or a script starts it
-with one call. Forwards are computed in worker threads; their frames cross as raw bytes
-(`codec.decode_frame_field`), which any protobuf client speaks too. What fails in one forward is
-answered on the stream, which goes on; what fails in another RPC is its status.
+with one call. Large forwards are computed in worker threads, small ones on the loop; their frames
+cross as raw bytes (`codec.decode_frame_field`), which any protobuf client speaks too. What fails in
+one forward is answered on the stream, which goes on; what fails in another RPC is its status.
 """
 
 from __future__ import annotations
@@ -201,8 +201,11 @@ class ExpertServer:
         self._runtime = runtime
         self._host = host
         self._port = port
+        try:
+            self._lanes = LaneServer(runtime, host=host, host_id=host_id())
+        except OSError as error:
+            raise ResourceError("addresses", host, "none", f"cannot bind: {error}") from error
         self._loop = asyncio.new_event_loop()
-        self._lanes = LaneServer(runtime, host=host, host_id=host_id())
         self._workers = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="forward")
         self._server: grpc.aio.Server | None = None
         self._thread = threading.Thread(target=self._run_loop, name="expert-server", daemon=True)

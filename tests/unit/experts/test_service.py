@@ -258,6 +258,11 @@ def test_a_taken_port_is_a_resource_error(group: Group) -> None:
         start_expert_server(group.runtime, "127.0.0.1", port)
 
 
+def test_an_address_of_another_host_is_a_resource_error(group: Group) -> None:
+    with pytest.raises(ResourceError, match="cannot bind"):
+        start_expert_server(group.runtime, "203.0.113.7")
+
+
 def test_stop_comes_twice_and_frees_the_port(path: Path) -> None:
     runtime = loaded_runtime(path)
     server = start_expert_server(runtime, "127.0.0.1")
