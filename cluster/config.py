@@ -56,7 +56,7 @@ class ExpertsSection:
     groups: str | None = None
     """Number of expert groups, or `name:capacity,name:capacity` for unequal ones; unset: 1."""
     transport: Literal["auto", "lane", "grpc"] = "auto"
-    """How rows travel: a framed socket (lane), a gRPC stream, or whichever works, a lane first (auto)."""
+    """How rows travel: a framed socket (lane), a gRPC stream, or a lane where one opens (auto)."""
     compute: Literal["auto", "native", "deepspeed", "torch"] = "auto"
     """Kernels of the experts; auto measures at start-up."""
     threads: int | None = _number(None, minimum=1)
