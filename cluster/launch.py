@@ -160,10 +160,17 @@ class Service:
                 return str(error)
             if name not in self._routers:
                 return f"{name} stopped"
-            self.progress(f"{name} was drained and left")
+            self._let_go(name)
             del references[name]
-            if not any(router in references for router in self._routers):
+            if not self._routers:
                 return None
+
+    def _let_go(self, name: str) -> None:
+        """End the process of a router that was drained; the others go on."""
+        router = self._routers.pop(name)
+        self._running.settle({name: router.call("stop")}, STOP_TIMEOUT_S)
+        self._running.kill(router)
+        self.progress(f"{name} was drained and left")
 
     def drain(self) -> int:
         """Take nothing new, finish what runs; return what is left after `shutdown_timeout_s`."""

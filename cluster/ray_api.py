@@ -398,6 +398,13 @@ class RayCluster:
             done, _ = ray.wait(list(names), num_returns=1, timeout=WAIT_S)
         return names[done[0]] if done else None
 
+    def kill(self, actor: Actor) -> None:
+        """End one of our processes; the others stay."""
+        import ray
+
+        ray.kill(actor.handle)
+        self.actors.remove(actor)
+
     def close(self) -> None:
         """End our actors and reservations and disconnect. Never raises."""
         import ray

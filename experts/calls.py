@@ -22,8 +22,8 @@ from protos.codec import (
 )
 from protos.errors import MessageTooLargeError, NonFiniteError, WireFormatError
 
-MAX_FRAME_BYTES = 512 * 1024 * 1024
-"""Bound of a frame, header included: a prefill of 8192 tokens, top-8 of width 4096."""
+MAX_FRAME_BYTES = HEADER_BYTES + 512 * 1024 * 1024
+"""Bound of a frame, header included: a prefill of 8192 tokens, top-8 of width 4096, bfloat16."""
 MAX_MESSAGE_BYTES = MAX_FRAME_BYTES + 1024
 """Bound of a gRPC message between a router and a group: a frame and its field's tag."""
 
@@ -96,6 +96,8 @@ class CallReader:
         result_bytes = result_payload_bytes(
             header.num_rows, header.hidden, header.num_pairs, header.dtype, header.combine
         )
+        if header.combine is Combine.PARTIAL:  # the kernel holds every pair's output in float32
+            result_bytes = max(result_bytes, 4 * header.num_pairs * header.hidden)
         if result_bytes > MAX_FRAME_BYTES - HEADER_BYTES:
             raise MessageTooLargeError(result_bytes + HEADER_BYTES, MAX_FRAME_BYTES)
 

@@ -23,6 +23,9 @@ from experts.compute import ExpertShape, NativeCompute
 from experts.load import LoadCounters
 from protos.codec import HEADER_BYTES, dtype_of_torch
 
+SPIN_US = 0
+"""How long a lane stays awake, yielding, for the next frame of a sequence before it sleeps."""
+
 
 class Event(IntEnum):
     """Why the express stopped."""
@@ -104,6 +107,10 @@ class Express:
         """Wait for the forward under way and hold off the next."""
         self._native.express_lock(self._address)
 
+    def try_lock(self) -> bool:
+        """Lock if nobody computes; whether it is locked now."""
+        return bool(self._native.express_try_lock(self._address))
+
     def unlock(self) -> None:
         """Let forwards go on."""
         self._native.express_unlock(self._address)
@@ -124,7 +131,9 @@ class Express:
             OSError: The socket broke.
         """
         got = ctypes.c_int64()
-        event = self._native.express_serve(self._address, fd, *buffers.addresses, ctypes.byref(got))
+        event = self._native.express_serve(
+            self._address, fd, *buffers.addresses, SPIN_US, ctypes.byref(got)
+        )
         if event < 0:
             raise OSError(-event, "lane")
         return Event(event), got.value
@@ -141,6 +150,17 @@ class ComputeLock:
     def share_with(self, express: Express | None) -> None:
         """Also lock this express from now on; called with the lock held."""
         self._express = express
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody computes at this moment."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        express, is_free = self._express, True
+        if express is not None and (is_free := express.try_lock()):
+            express.unlock()
+        self._lock.release()
+        return is_free
 
     def __enter__(self) -> None:
         self._lock.acquire()

@@ -53,7 +53,8 @@ SERVICE_NAME = "expertmesh.v1.ExpertService"
 MAX_STREAMS = 64
 MIN_INTERVAL_S = 0.1
 INLINE_BYTES = 64 * 1024
-"""Frames up to this size are answered on the event loop: a thread hop costs more than they do."""
+"""Frames up to this size are answered on the event loop when nobody computes: a thread hop costs
+more than they do."""
 START_TIMEOUT_S = 30.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -79,7 +80,7 @@ class ExpertServicer:
         self._num_streams += 1
         try:
             async for message in requests:
-                if len(message) <= INLINE_BYTES:
+                if len(message) <= INLINE_BYTES and self._runtime.is_idle:
                     yield self._answer(message)
                 else:
                     yield await loop.run_in_executor(self._workers, self._answer, message)

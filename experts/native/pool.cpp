@@ -44,6 +44,10 @@ Scratch& scratch_memory() {
   return *memory;
 }
 
+int64_t doze_ns() {
+  static const int64_t ns = std::getenv("EM_DOZE_US") ? atoll(std::getenv("EM_DOZE_US")) * 1000 : 0;
+  return ns;
+}
 }  // namespace
 
 Pool& Pool::get() {
@@ -91,8 +95,15 @@ void Pool::help(int index) {
     for (int spins = 1; epoch_.load(std::memory_order_acquire) == seen; spins++) {
       _mm_pause();
       if (spins % 16) continue;
-      if (end == 0) end = now_ns() + spin_ns_;
-      if (index < active_ && !parked_.load(std::memory_order_relaxed) && now_ns() < end) continue;
+      const int64_t now = now_ns();
+      if (end == 0) end = now + spin_ns_;
+      if (index < active_ && !parked_.load(std::memory_order_relaxed)) {
+        if (now < end) continue;
+        if (now < end + doze_ns()) {
+          sched_yield();
+          continue;
+        }
+      }
       sleepers_.fetch_add(1, std::memory_order_seq_cst);
       if (epoch_.load(std::memory_order_seq_cst) == seen) futex(epoch_, FUTEX_WAIT, seen);
       sleepers_.fetch_sub(1, std::memory_order_seq_cst);
@@ -127,7 +138,9 @@ void* Region::bytes(size_t size) {
   if (memory.chunks.empty() || memory.used + size > memory.chunks.back().size) {
     size_t chunk = std::max(size, size_t(1) << 20);
     chunk = (chunk + 4095) / 4096 * 4096;
-    memory.chunks.push_back({static_cast<char*>(std::aligned_alloc(4096, chunk)), chunk});
+    char* data = static_cast<char*>(std::aligned_alloc(4096, chunk));
+    if (data == nullptr) std::abort();  // callers bound what they ask for; there is no half a result
+    memory.chunks.push_back({data, chunk});
     memory.total += chunk;
     memory.used = 0;
   }
