@@ -1,0 +1,1 @@
+"""Faults injected into real parts: what a request sees, and that nothing leaks."""
