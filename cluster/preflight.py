@@ -186,9 +186,35 @@ def examine(config: Config, available_bytes: float) -> Facts:
         has_chat_template=_has_chat_template(path),
     )
     check_groups(config, facts)
+    if facts.num_experts:
+        check_frames(config, model.top_k * model.hidden_size * torch_dtype.itemsize)
     if config.cluster.ray_address is None:
         check_memory(config, facts, available_bytes)
     return facts
+
+
+def check_frames(config: Config, bytes_per_token: int) -> None:
+    """Refuse steps whose answers would not fit a frame when one group holds all chosen experts.
+
+    Args:
+        config: Everything.
+        bytes_per_token: Of one token's slot results: top-k rows.
+
+    Raises:
+        ConfigurationError: Says how many tokens a step may have.
+    """
+    from experts.calls import MAX_FRAME_BYTES
+    from protos.codec import HEADER_BYTES
+
+    most = (MAX_FRAME_BYTES - HEADER_BYTES) // bytes_per_token
+    if config.engine.max_num_batched_tokens > most:
+        raise ConfigurationError(
+            "engine.max_num_batched_tokens",
+            f"must be at most {most}: a step's expert outputs travel in frames of"
+            f" {MAX_FRAME_BYTES} bytes",
+            config.engine.max_num_batched_tokens,
+            hint=f"--max-num-batched-tokens {most}",
+        )
 
 
 def serving_dtype(wanted: str | None, stored: Any) -> str:

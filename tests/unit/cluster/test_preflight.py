@@ -10,6 +10,7 @@ import pytest
 from cluster.config import Config, load_config
 from cluster.preflight import (
     Facts,
+    check_frames,
     check_groups,
     check_memory,
     choose_max_model_len,
@@ -73,6 +74,13 @@ def test_more_groups_than_experts_is_refused() -> None:
     check_groups(config(experts__groups="9"), facts(num_experts=0))
     with pytest.raises(ConfigurationError, match="at most 8 groups, the experts of a layer, got 9"):
         check_groups(config(experts__groups="9"), facts())
+
+
+def test_a_step_whose_answers_fit_no_frame_is_refused_with_the_largest_that_does() -> None:
+    per_token = 8 * 4096 * 2
+    check_frames(config(engine__max_num_batched_tokens=8192), per_token)
+    with pytest.raises(ConfigurationError, match=r"max_num_batched_tokens must be at most 8192"):
+        check_frames(config(engine__max_num_batched_tokens=8193), per_token)
 
 
 def test_too_little_memory_shows_every_part_and_what_to_change() -> None:
