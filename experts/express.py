@@ -23,9 +23,6 @@ from experts.compute import ExpertShape, NativeCompute
 from experts.load import LoadCounters
 from protos.codec import HEADER_BYTES, dtype_of_torch
 
-SPIN_US = 0
-"""How long a lane stays awake, yielding, for the next frame of a sequence before it sleeps."""
-
 
 class Event(IntEnum):
     """Why the express stopped."""
@@ -131,9 +128,7 @@ class Express:
             OSError: The socket broke.
         """
         got = ctypes.c_int64()
-        event = self._native.express_serve(
-            self._address, fd, *buffers.addresses, SPIN_US, ctypes.byref(got)
-        )
+        event = self._native.express_serve(self._address, fd, *buffers.addresses, ctypes.byref(got))
         if event < 0:
             raise OSError(-event, "lane")
         return Event(event), got.value

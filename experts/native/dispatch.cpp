@@ -10,7 +10,6 @@
 #include <ctime>
 
 #include <poll.h>
-#include <sched.h>
 #include <sys/socket.h>
 
 #include "frame.h"
@@ -166,8 +165,7 @@ int64_t em_lane_send(const int32_t* fds, uint8_t* const* buffers, const int64_t*
 // whole frame's bytes; status[g] as 0, an errno (ECONNRESET when the peer closed), EMSGSIZE when the payload exceeds the capacity,
 // or EPROTO for a bad magic. Waits for every group, at most timeout_ms in all; what is missing then has status ETIMEDOUT.
 void em_lane_receive(const int32_t* fds, uint8_t* const* headers, uint8_t* const* buffers, const int64_t* capacity,
-                     int64_t* received, int32_t* status, int64_t num_groups, int64_t timeout_ms,
-                     int64_t spin_polls) {
+                     int64_t* received, int32_t* status, int64_t num_groups, int64_t timeout_ms) {
   constexpr int64_t kMaxGroups = 1024;
   pollfd waiting[kMaxGroups];
   int64_t which[kMaxGroups];
@@ -182,12 +180,7 @@ void em_lane_receive(const int32_t* fds, uint8_t* const* headers, uint8_t* const
     }
     if (open == 0) return;
     const int64_t left = end - now_ms();
-    int ready = left > 0 ? poll(waiting, open, 0) : 0;
-    for (int64_t spins = 0; ready == 0 && left > 0 && spins < spin_polls; spins++) {
-      sched_yield();
-      ready = poll(waiting, open, 0);
-    }
-    if (ready == 0 && left > 0) ready = poll(waiting, open, static_cast<int>(left));
+    const int ready = left > 0 ? poll(waiting, open, static_cast<int>(left)) : 0;
     if (ready < 0 && errno == EINTR) continue;
     if (ready <= 0) {
       for (int64_t i = 0; i < open; i++) status[which[i]] = ready < 0 ? errno : ETIMEDOUT;

@@ -16,7 +16,6 @@
 #include <new>
 #include <vector>
 
-#include <sched.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
@@ -55,18 +54,6 @@ int64_t now_ns() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
-// A caller in mid-sequence sends the next layer's frame within a fraction of a millisecond. Until then this thread stays awake but
-// yields at every look: whoever has work to do gets the core, and an idle core need not be woken, which on a virtual machine takes
-// longer than a layer's experts. Then it sleeps.
-void await_frame(int fd, int64_t spin_ns) {
-  uint8_t peeked;
-  for (int64_t end = now_ns() + spin_ns; spin_ns > 0 && now_ns() < end;) {
-    const ssize_t got = recv(fd, &peeked, 1, MSG_DONTWAIT | MSG_PEEK);
-    if (got >= 0 || (errno != EAGAIN && errno != EWOULDBLOCK)) return;
-    sched_yield();
-  }
 }
 
 // Bytes read: `size`, less when the peer closed, or -errno.
@@ -214,11 +201,10 @@ void em_express_totals(void* express, int64_t* totals) {
 // hold `capacity` bytes each. Returns an Event, or -errno. kClosed: the peer closed, *got bytes of a frame were cut off. kHeaderRead:
 // only `head` was read. kFrameRead: `head` and `payload` were read. kExpired: as kFrameRead, but the caller has stopped waiting.
 int64_t em_express_serve(void* express, int fd, uint8_t* head, uint8_t* payload, uint8_t* result, int64_t capacity,
-                         int64_t spin_us, int64_t* got) {
+                         int64_t* got) {
   Express& e = *static_cast<Express*>(express);
   std::vector<int32_t> slots;
-  for (int64_t spin_ns = 0;; spin_ns = spin_us * 1000) {
-    await_frame(fd, spin_ns);
+  while (true) {
     *got = receive(fd, head, sizeof(em::FrameHeader));
     if (*got < 0) return *got;
     if (*got < static_cast<int64_t>(sizeof(em::FrameHeader))) return kClosed;

@@ -12,8 +12,6 @@ from protos.errors import GroupLostError
 from router.gating.transport.base import FrameBuffer
 from router.gating.transport.lane import LaneTransport
 
-SPIN_POLLS = 0
-
 
 class LaneSet:
     """The lanes of one dispatcher, driven together by `experts/native/dispatch.cpp`."""
@@ -26,7 +24,7 @@ class LaneSet:
         self._send.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_void_p]
         self._receive = library.em_lane_receive
         self._receive.restype = None
-        self._receive.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3
+        self._receive.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 2
         self._fds = (ctypes.c_int32 * num)()
         self._frames = (ctypes.c_void_p * num)()
         self._lengths = (ctypes.c_int64 * num)()
@@ -85,7 +83,6 @@ class LaneSet:
             self._status,
             num,
             int(timeout_s * 1000),
-            SPIN_POLLS,
         )
         failure: GroupLostError | None = None
         for i, group in enumerate(called):
