@@ -1,7 +1,7 @@
 """The sparse half of the training twin: gate, experts, decoder layers, trunk and MTP layer.
 
-It decides how routed experts are computed in training, and what the gate is pushed towards: a weak balance loss keeps
-every expert alive, and leaves the load uneven. Letters as in `model.py`.
+It decides how routed experts are computed in training, and what the gate is pushed towards: a weak
+balance loss keeps every expert alive, and leaves the load uneven. Letters as in `model.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Forward(NamedTuple):
 
     hidden: Tensor
     """After the final norm, `[B, T, D]`."""
-    mtp_hidden: Tensor
+    mtp_hidden: Tensor | None
     """After the MTP norm, `[B, T-1, D]`: position t has seen token t+1 and predicts token t+2."""
     balance: Tensor
-    """Sum over layers of the balance loss, 1 per layer at perfect balance."""
+    """Mean over layers of the balance loss, 1 at perfect balance."""
 
 
 class Experts(nn.Module):
@@ -35,18 +35,17 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(E, D, inner) * inner**-0.5)
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Compute `[N, D]`: rows sorted by expert, one pair of matmuls per expert, back in top-k order."""
-        N, K = topk_ids.shape
-        order = topk_ids.flatten().argsort(stable=True)
-        counts = topk_ids.flatten().bincount(minlength=self.gate_up_proj.shape[0]).tolist()
-        rows = x.index_select(0, order // K).split(counts)
-        outs = []
-        for row, gate_up, down in zip(rows, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
-            gate, up = F.linear(row, gate_up).chunk(2, dim=-1)
-            outs.append(F.linear(F.silu(gate) * up, down))
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(N * K))
-        out = torch.cat(outs).index_select(0, back).view(N, K, -1)
-        return torch.einsum("nkd,nk->nd", out, topk_weights)
+        """Compute `[N, D]` with every expert on every row, those not chosen weighted zero.
+
+        Four times the arithmetic of the sparse sum, in two large matmuls instead of a hundred small
+        ones: on a CPU with bfloat16 instructions this is twice as fast as computing just the chosen
+        rows.
+        """
+        E, double, _ = self.gate_up_proj.shape
+        dense = x.new_zeros(x.shape[0], E).scatter(1, topk_ids, topk_weights.to(x.dtype))
+        gate, up = F.linear(x, self.gate_up_proj.flatten(0, 1)).view(-1, E, double).chunk(2, dim=-1)
+        inner = F.silu(gate) * up * dense.unsqueeze(-1)
+        return F.linear(inner.flatten(1), self.down_proj.transpose(0, 1).flatten(1))
 
 
 class SharedExpert(nn.Module):
@@ -60,12 +59,13 @@ class SharedExpert(nn.Module):
         self.down_proj = linear(inner, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute `[N, D]`."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
 class SparseMoe(nn.Module):
-    """Gate, routed experts and shared expert of one layer; remembers the balance loss of the last forward."""
+    """Gate, routed experts and shared expert; remembers the balance of the last forward."""
 
     def __init__(self, config: DemoConfig) -> None:
         super().__init__()
@@ -77,12 +77,13 @@ class SparseMoe(nn.Module):
         self.balance = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute `[B, T, D]` with the active and the shared experts."""
         flat = x.flatten(0, 1)
-        probs = self.gate(flat).softmax(-1)
+        probs = self.gate(flat).float().softmax(-1)
         weights, ids = probs.topk(self.top_k, dim=-1)
         share = ids.flatten().bincount(minlength=probs.shape[1]) / ids.numel()
         self.balance = probs.shape[1] * (share * probs.mean(0)).sum()
-        out = self.experts(flat, ids, weights / weights.sum(-1, keepdim=True))
+        out: Tensor = self.experts(flat, ids, weights / weights.sum(-1, keepdim=True))
         out = out + self.shared_expert_gate(flat).sigmoid() * self.shared_expert(flat)
         return out.view_as(x)
 
@@ -102,6 +103,7 @@ class DecoderLayer(nn.Module):
         self.mlp = SparseMoe(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute `[B, T, D]`."""
         mixer = self.self_attn if self.full_attention else self.linear_attn
         x = x + mixer(self.input_layernorm(x))
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
@@ -109,7 +111,7 @@ class DecoderLayer(nn.Module):
 
 
 class MtpHead(nn.Module):
-    """Multi-token prediction: from the trunk's hidden state and the next token's embedding to the token after it."""
+    """Multi-token prediction: from hidden state and next token to the token after it."""
 
     def __init__(self, config: DemoConfig) -> None:
         super().__init__()
@@ -120,7 +122,7 @@ class MtpHead(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, next_embedding: Tensor, hidden: Tensor) -> Tensor:
-        """Return the normed hidden state for the shared head; the embedding comes first in the concatenation."""
+        """Return the normed hidden state for the shared head; the embedding comes first."""
         pair = [self.pre_fc_norm_embedding(next_embedding), self.pre_fc_norm_hidden(hidden)]
         out: Tensor = self.norm(self.layers[0](self.fc(torch.cat(pair, dim=-1))))
         return out
@@ -134,7 +136,8 @@ class DemoModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, full_attention=config.is_full_attention(i)) for i in range(config.num_hidden_layers)
+            DecoderLayer(config, full_attention=config.is_full_attention(i))
+            for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = linear(config.hidden_size, config.vocab_size)
@@ -147,31 +150,35 @@ class DemoModel(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "down_proj")):
                 weight.normal_(std=0.2 * weight.shape[-1] ** -0.5)
-            elif name.endswith("conv1d.weight"):
-                weight.normal_(std=0.3)[..., -1] += 0.7
             elif name == "lm_head.weight":
                 weight.normal_(std=0.02)
             elif name == "embed_tokens.weight":
                 weight.normal_(std=0.5)
             elif weight.dim() == 2:
                 weight.normal_(std=weight.shape[-1] ** -0.5)
+        for layer in self.layers:
+            if isinstance(layer, DecoderLayer) and not layer.full_attention:
+                layer.linear_attn.start_with_induction()
 
-    def forward(self, ids: Tensor, *, mtp_trains_trunk: bool = True) -> Forward:
+    def forward(self, ids: Tensor, *, with_mtp: bool = True) -> Forward:
         """Run trunk and MTP layer over `ids` `[B, T]`; `T` must be a multiple of `model.CHUNK`."""
         embedded = self.embed_tokens(ids)
         x = embedded
         for layer in self.layers:
             x = layer(x)
         hidden = self.norm(x)
-        source = hidden if mtp_trains_trunk else hidden.detach()
-        mtp_hidden = self.mtp(embedded[:, 1:], source[:, :-1])
-        mlps = [m for m in self.modules() if isinstance(m, SparseMoe)]
-        return Forward(hidden, mtp_hidden, torch.stack([m.balance for m in mlps]).sum())
+        mtp_hidden = self.mtp(embedded[:, 1:], hidden[:, :-1]) if with_mtp else None
+        used = [*self.layers, *(self.mtp.layers if with_mtp else ())]
+        return Forward(
+            hidden, mtp_hidden, torch.stack([layer.mlp.balance for layer in used]).mean()
+        )
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Return all weights in bfloat16 under their released names."""
         own_prefix = ("lm_head.", "mtp.")
         return {
-            name if name.startswith(own_prefix) else TRUNK_PREFIX + name: weight.detach().to(torch.bfloat16).contiguous()
+            name if name.startswith(own_prefix) else TRUNK_PREFIX + name: weight.detach()
+            .to(torch.bfloat16)
+            .contiguous()
             for name, weight in self.state_dict().items()
         }
