@@ -38,8 +38,8 @@ class Experts(nn.Module):
         """Compute `[N, D]` with every expert on every row, those not chosen weighted zero.
 
         Four times the arithmetic of the sparse sum, in two large matmuls instead of a hundred small
-        ones: on a CPU with bfloat16 instructions this is twice as fast as computing just the chosen
-        rows.
+        ones: on a CPU with bfloat16 instructions, forward and backward of the whole model took
+        about 0.8 times as long as with just the chosen rows (1,024 tokens, one thread).
         """
         E, double, _ = self.gate_up_proj.shape
         dense = x.new_zeros(x.shape[0], E).scatter(1, topk_ids, topk_weights.to(x.dtype))
