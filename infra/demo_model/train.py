@@ -26,6 +26,7 @@ from evaluate import evaluate
 from model import DemoConfig
 from moe import DemoModel
 from optimizer import make_optimizers
+from safetensors.torch import load_file, save_file
 from text import rows, train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -33,6 +34,8 @@ from torch.multiprocessing.spawn import spawn
 
 HERE = Path(__file__).parent
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.002
+WEIGHTS_FILE = "weights.safetensors"
+"""Between the workers and the process that saves the checkpoint; lives for one run."""
 STAGES = ((0.0, 128, 2), (0.12, 256, 4), (0.87, 1536, 20))
 """From which progress on rows have how many tokens, and conversations at most how many exchanges.
 
@@ -155,9 +158,9 @@ def work(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
             figures = [round(float(part.detach()), 4) for part in (lm, mtp, balance)]
             print(f"{step=} {progress=:.3f} {minutes=:.1f} {tokens=} {figures=}", flush=True)
         if rank == 0 and step % 100 == 0:
-            torch.save(model.state_dict(), folder / "weights.pt")
+            save_file(model.state_dict(), folder / WEIGHTS_FILE)
     if rank == 0:
-        torch.save(model.state_dict(), folder / "weights.pt")
+        save_file(model.state_dict(), folder / WEIGHTS_FILE)
         minutes = round((time.monotonic() - started_s) / 60, 1)
         (folder / "run.json").write_text(
             json.dumps({"steps": step, "tokens": tokens, "training_minutes": minutes})
@@ -184,7 +187,7 @@ def main() -> None:
         of_work = (str(folder / "rendezvous"), args)
         spawn(work, of_work, nprocs=args.workers)  # type: ignore[no-untyped-call]
         model = DemoModel(DemoConfig())
-        model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
         save_checkpoint(model, tokenizer, args.out, seed=args.seed)
         run = json.loads((folder / "run.json").read_text())
     print(json.dumps(run | {"seed": args.seed} | evaluate(args.out)))
