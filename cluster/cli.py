@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cluster.config import describe, flatten, load_config, to_json_schema
+from cluster.config import describe, load_config, shown, to_json_schema
 from cluster.console import errors_exit, out_console, print_json, table
 
 app = typer.Typer(
@@ -84,6 +84,29 @@ NumKvBlocks = Annotated[
 KvCacheGib = Annotated[
     float | None, _setting("engine.kv_cache_gib", "--kv-cache-gib", panel="Engine")
 ]
+PrefixCaching = Annotated[
+    bool | None,
+    _setting(
+        "engine.enable_prefix_caching",
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        panel="Engine",
+    ),
+]
+State = Annotated[bool | None, _setting("state.enabled", "--state/--no-state", panel="State")]
+RedisUrl = Annotated[str | None, _setting("state.redis_url", "--redis-url", panel="State")]
+BlobUrls = Annotated[list[str] | None, _setting("state.blob_urls", "--blob-url", panel="State")]
+EmbeddedGib = Annotated[
+    float | None, _setting("state.embedded_gib", "--embedded-gib", panel="State")
+]
+SnapshotCacheGib = Annotated[
+    float | None, _setting("state.snapshot_cache_gib", "--snapshot-cache-gib", panel="State")
+]
+SnapshotInterval = Annotated[
+    int | None, _setting("state.snapshot_interval_tokens", "--snapshot-interval", panel="State")
+]
+SessionTtl = Annotated[
+    float | None, _setting("state.session_ttl_s", "--session-ttl", panel="State")
+]
 RayAddress = Annotated[
     str | None, _setting("cluster.ray_address", "--ray-address", panel="Cluster")
 ]
@@ -118,6 +141,14 @@ def serve(
     expert_threads: ExpertThreads = None,
     trunk_ops: TrunkOps = None,
     router_threads: RouterThreads = None,
+    enable_prefix_caching: PrefixCaching = None,
+    state: State = None,
+    redis_url: RedisUrl = None,
+    blob_url: BlobUrls = None,
+    embedded_gib: EmbeddedGib = None,
+    snapshot_cache_gib: SnapshotCacheGib = None,
+    snapshot_interval: SnapshotInterval = None,
+    session_ttl: SessionTtl = None,
     ray_address: RayAddress = None,
     namespace: Namespace = None,
     start_timeout: StartTimeout = None,
@@ -150,6 +181,14 @@ def serve(
                 "engine.block_size": block_size,
                 "engine.num_kv_blocks": num_kv_blocks,
                 "engine.kv_cache_gib": kv_cache_gib,
+                "engine.enable_prefix_caching": enable_prefix_caching,
+                "state.enabled": state,
+                "state.redis_url": redis_url,
+                "state.blob_urls": blob_url or None,
+                "state.embedded_gib": embedded_gib,
+                "state.snapshot_cache_gib": snapshot_cache_gib,
+                "state.snapshot_interval_tokens": snapshot_interval,
+                "state.session_ttl_s": session_ttl,
                 "cluster.ray_address": ray_address,
                 "cluster.namespace": namespace,
                 "cluster.start_timeout_s": start_timeout,
@@ -241,13 +280,14 @@ def config_show(config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Show every setting, its value, and where it comes from."""
     with errors_exit():
         loaded = load_config(env=os.environ, file=config)
-        values = flatten(loaded.config)
+        values = shown(loaded.config)
         if as_json:
             print_json({k: {"value": v, "origin": loaded.origins[k]} for k, v in values.items()})
             return
         rows = table("", "setting", "value", "origin")
         for path, value in values.items():
-            rows.add_row(path, "unset" if value is None else str(value), loaded.origins[path])
+            text = "unset" if value in (None, []) else str(value)
+            rows.add_row(path, text, loaded.origins[path])
         out_console().print(rows)
 
 

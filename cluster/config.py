@@ -7,32 +7,23 @@ here. This file knows nothing of checkpoints, Ray or torch.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import functools
-import inspect
-import itertools
 import json
-import textwrap
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.config_fields import Field, coerce, fields_of, json_schema, number, secret
 from protos.errors import ConfigurationError, Violation
 
 ENV_PREFIX = "EXPERTMESH_"
 
 Origin = Literal["command line", "environment", "file", "default"]
-
-
-def _number(default: Any, *, minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A field whose value lies in `[minimum, maximum]`; None passes where the type has it."""
-    return field(default=default, metadata={"minimum": minimum, "maximum": maximum})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +36,7 @@ class ModelSection:
     """Name that clients use; unset: the checkpoint folder's name."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of weights and activations; unset: the checkpoint's."""
-    max_model_len: int | None = _number(None, minimum=1)
+    max_model_len: int | None = number(None, minimum=1)
     """Context window in tokens, prompt and output together; unset: what the checkpoint allows."""
 
 
@@ -59,7 +50,7 @@ class ExpertsSection:
     """How rows travel: a framed socket (lane), a gRPC stream, or a lane where one opens (auto)."""
     compute: Literal["auto", "native", "deepspeed", "torch"] = "auto"
     """Kernels of the experts; auto measures at start-up."""
-    threads: int | None = _number(None, minimum=1)
+    threads: int | None = number(None, minimum=1)
     """Threads of one expert group; unset: the node's cores shared among its groups."""
 
 
@@ -67,15 +58,15 @@ class ExpertsSection:
 class RouterSection:
     """The processes that clients talk to."""
 
-    count: int = _number(1, minimum=1, maximum=64)
+    count: int = number(1, minimum=1, maximum=64)
     """Routers; each runs the trunk and has its own port (port, port + 1, ...)."""
     host: str = "127.0.0.1"
     """Address to bind; 0.0.0.0 opens the port to the network."""
-    port: int = _number(50051, minimum=0, maximum=65535)
+    port: int = number(50051, minimum=0, maximum=65535)
     """gRPC port of the first router; 0 picks a free one."""
     trunk_ops: Literal["auto", "native", "torch"] = "auto"
     """Kernels of the trunk; auto takes native where this CPU has them."""
-    threads: int | None = _number(None, minimum=1)
+    threads: int | None = number(None, minimum=1)
     """Threads of the trunk; unset: the node's cores."""
 
 
@@ -83,18 +74,49 @@ class RouterSection:
 class EngineSection:
     """Continuous batching and its memory, per router."""
 
-    max_num_seqs: int = _number(64, minimum=1, maximum=4096)
+    max_num_seqs: int = number(64, minimum=1, maximum=4096)
     """Sequences that run at the same time."""
-    max_num_batched_tokens: int = _number(2048, minimum=1)
+    max_num_batched_tokens: int = number(2048, minimum=1)
     """Tokens in one step, prefill chunks and decode together."""
-    max_queued: int = _number(1024, minimum=0)
+    max_queued: int = number(1024, minimum=0)
     """Requests that wait; more are refused with QUEUE_FULL."""
-    block_size: int = _number(32, minimum=1, maximum=1024)
+    block_size: int = number(32, minimum=1, maximum=1024)
     """Tokens in one KV block."""
-    num_kv_blocks: int | None = _number(None, minimum=1)
+    num_kv_blocks: int | None = number(None, minimum=1)
     """KV blocks; unset: from kv_cache_gib."""
-    kv_cache_gib: float | None = _number(None, minimum=0.001)
+    kv_cache_gib: float | None = number(None, minimum=0.001)
     """Memory of the KV cache in GiB; unset: a share of what is free."""
+    enable_prefix_caching: bool = True
+    """Reuse the KV blocks and state of earlier prompts with the same beginning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateSection:
+    """Sessions and cached KV: where they live, and how much of them is kept."""
+
+    enabled: bool = True
+    """Keep sessions and share the cache between routers; without, every router is on its own."""
+    redis_url: str | None = secret(None, kind="url")
+    """Redis or Valkey of sessions (redis://, rediss://, unix://); unset: blob_urls' first, else an
+    embedded Valkey that lives as long as the service."""
+    blob_urls: tuple[str, ...] = secret((), kind="url")
+    """Servers of KV blocks and snapshots, which may evict; unset: the one of sessions."""
+    embedded_gib: float | None = number(None, minimum=0.01)
+    """Memory of the embedded Valkey in GiB; unset: an eighth of this machine's."""
+    snapshot_cache_gib: float = number(1.0, minimum=0)
+    """Memory of each router for snapshots of recurrent state, in GiB."""
+    snapshot_interval_tokens: int = number(8192, minimum=128)
+    """Tokens between two snapshots of a long prefill."""
+    write_queue_mib: int = number(256, minimum=1)
+    """Memory of each router for what waits to be written, in MiB; what does not fit is dropped."""
+    session_ttl_s: float = number(604800.0, minimum=1)
+    """Seconds that an idle session is kept, unless it was made with another TTL."""
+    checkpoint_tokens: int = number(64, minimum=1)
+    """A running turn is saved after this many tokens ..."""
+    checkpoint_interval_s: float = number(1.0, minimum=0.01)
+    """... or seconds, whichever comes first."""
+    tenant_salt: str | None = secret(None)
+    """Text that sets this service's cached KV apart from others on the same servers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +127,9 @@ class ClusterSection:
     """Ray cluster to join (host:port, or auto); unset: a private one on this machine."""
     namespace: str = "expertmesh"
     """Ray namespace of the actors; two services in one cluster need two."""
-    start_timeout_s: float = _number(600.0, minimum=1)
+    start_timeout_s: float = number(600.0, minimum=1)
     """Seconds from the command to `ready`."""
-    shutdown_timeout_s: float = _number(45.0, minimum=0)
+    shutdown_timeout_s: float = number(45.0, minimum=0)
     """Seconds that running requests get to finish after SIGTERM."""
     verbose: bool = False
     """Show INFO of every process; otherwise WARNING and above."""
@@ -125,6 +147,8 @@ class Config:
     """The processes that clients talk to."""
     engine: EngineSection = field(default_factory=EngineSection)
     """Continuous batching and its memory, per router."""
+    state: StateSection = field(default_factory=StateSection)
+    """Sessions and cached KV: where they live, and how much of them is kept."""
     cluster: ClusterSection = field(default_factory=ClusterSection)
     """The Ray cluster and the life of the service in it."""
 
@@ -168,10 +192,12 @@ def load_config(
                 violations.append(_unknown(path, raw, origin))
                 continue
             try:
-                values[path] = _coerce(raw, spec, from_text=origin == "environment")
+                values[path] = coerce(raw, spec, from_text=origin == "environment")
                 origins[path] = origin
             except ValueError as error:
-                violations.append(Violation(path, str(error), raw if _is_plain(raw) else repr(raw)))
+                seen = spec.shown(raw)
+                seen = seen if _is_plain(seen) else repr(seen)
+                violations.append(Violation(path, str(error), seen))
     if violations:
         raise ConfigurationError(violations=violations)
     sections = {
@@ -231,30 +257,7 @@ def parse_groups(spec: str | None) -> dict[str, float]:
 
 def to_json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a configuration file."""
-    properties: dict[str, Any] = {}
-    for section in dataclasses.fields(Config):
-        cls = _section_type(section.name)
-        fields_schema = {}
-        for item in dataclasses.fields(cls):
-            spec = _fields()[f"{section.name}.{item.name}"]
-            fields_schema[item.name] = {
-                "description": spec.doc,
-                "default": spec.default,
-                **_type_schema(spec),
-            }
-        properties[section.name] = {
-            "type": "object",
-            "description": inspect.getdoc(cls),
-            "additionalProperties": False,
-            "properties": fields_schema,
-        }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "ExpertMesh configuration",
-        "type": "object",
-        "additionalProperties": False,
-        "properties": properties,
-    }
+    return json_schema(Config, _fields())
 
 
 def describe(path: str) -> str:
@@ -272,26 +275,9 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Field:
-    doc: str
-    kind: Any
-    """One of int, float, bool, str."""
-    optional: bool
-    choices: tuple[str, ...]
-    minimum: float | None
-    maximum: float | None
-    default: Any
-
-    @property
-    def rule(self) -> str:
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        if self.minimum is not None and self.maximum is not None:
-            return f"{self.minimum:g} to {self.maximum:g}"
-        if self.minimum is not None:
-            return f"{self.minimum:g} or more"
-        return ""
+def shown(config: Config) -> dict[str, Any]:
+    """Return `flatten(config)` with secrets masked, in JSON's types: for people and logs."""
+    return {path: _fields()[path].shown(value) for path, value in flatten(config).items()}
 
 
 def _section_type(name: str) -> type[Any]:
@@ -300,46 +286,9 @@ def _section_type(name: str) -> type[Any]:
 
 
 @functools.cache
-def _fields() -> dict[str, _Field]:
+def _fields() -> dict[str, Field]:
     """Dotted path -> what is known of the field, in the order of the source."""
-    found = {}
-    for section in dataclasses.fields(Config):
-        cls = _section_type(section.name)
-        hints = typing.get_type_hints(cls)
-        docs = _attribute_docs(cls)
-        for item in dataclasses.fields(cls):
-            kinds = [hints[item.name]]
-            if typing.get_origin(kinds[0]) in (types.UnionType, typing.Union):
-                kinds = list(typing.get_args(kinds[0]))
-            plain = [kind for kind in kinds if kind is not type(None)]
-            choices = typing.get_args(plain[0]) if typing.get_origin(plain[0]) is Literal else ()
-            found[f"{section.name}.{item.name}"] = _Field(
-                doc=docs[item.name],
-                kind=str if choices else plain[0],
-                optional=len(plain) < len(kinds),
-                choices=choices,
-                minimum=item.metadata.get("minimum"),
-                maximum=item.metadata.get("maximum"),
-                default=item.default,
-            )
-    return found
-
-
-def _attribute_docs(cls: type[Any]) -> dict[str, str]:
-    """Return the docstrings that stand under a class's fields."""
-    body = typing.cast(
-        ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    ).body
-    docs = {}
-    for statement, below in itertools.pairwise(body):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-        ):
-            docs[statement.target.id] = " ".join(str(below.value.value).split())
-    return docs
+    return fields_of(Config)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -395,62 +344,3 @@ def _sections() -> list[str]:
 
 def _is_plain(raw: Any) -> bool:
     return isinstance(raw, str | int | float | bool)
-
-
-def _coerce(raw: Any, spec: _Field, *, from_text: bool) -> Any:
-    """Return `raw` as the field's type.
-
-    Raises:
-        ValueError: The text says what the value must be.
-    """
-    if raw is None or (from_text and spec.optional and raw.lower() in ("", "none")):
-        if spec.optional:
-            return None
-        raise ValueError("must be set")
-    if from_text:
-        raw = _parse_text(raw, spec.kind)
-    if spec.choices:
-        if raw not in spec.choices:
-            near = difflib.get_close_matches(str(raw), spec.choices, n=1)
-            more = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"must be one of {', '.join(spec.choices)}{more}")
-        return raw
-    if spec.kind is float and isinstance(raw, int) and not isinstance(raw, bool):
-        raw = float(raw)
-    if spec.kind is str and isinstance(raw, int) and not isinstance(raw, bool):
-        raw = str(raw)  # `groups = 2` in a file
-    if type(raw) is not spec.kind:
-        raise ValueError(f"must be {_kind_name(spec.kind)}")
-    if spec.minimum is not None and not raw >= spec.minimum:
-        raise ValueError(f"must be {spec.rule}")
-    if spec.maximum is not None and not raw <= spec.maximum:
-        raise ValueError(f"must be {spec.rule}")
-    return raw
-
-
-def _parse_text(text: str, kind: Any) -> Any:
-    if kind is bool:
-        known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-        if text.lower() not in known:
-            raise ValueError("must be true or false")
-        return known[text.lower()]
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"must be {_kind_name(kind)}") from None
-
-
-def _kind_name(kind: Any) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-
-
-def _type_schema(spec: _Field) -> dict[str, Any]:
-    name = {int: "integer", float: "number", bool: "boolean", str: "string"}[spec.kind]
-    schema: dict[str, Any] = {"type": [name, "null"] if spec.optional else name}
-    if spec.choices:
-        schema["enum"] = [*spec.choices, *([None] if spec.optional else [])]
-    if spec.minimum is not None:
-        schema["minimum"] = spec.minimum
-    if spec.maximum is not None:
-        schema["maximum"] = spec.maximum
-    return schema

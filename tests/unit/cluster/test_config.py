@@ -12,8 +12,10 @@ from cluster.config import (
     flatten,
     load_config,
     parse_groups,
+    shown,
     to_json_schema,
 )
+from cluster.config_fields import mask_url
 from protos.errors import ConfigurationError
 
 
@@ -52,7 +54,7 @@ def test_json_and_toml_files_say_the_same(tmp_path: Path) -> None:
         ("model.dtype", "bfloat61", "model.dtype must be one of float32, bfloat16; did you mean b"),
         ("engine.max_num_seq", 4, "(command line); did you mean engine.max_num_seqs?, got 4"),
         ("engine.port", 4, "did you mean router.port?"),
-        ("nonsense", 4, "sections: model, experts, router, engine, cluster"),
+        ("nonsense", 4, "sections: model, experts, router, engine, state, cluster"),
     ],
 )
 def test_an_error_names_path_rule_and_value(path: str, value: object, message: str) -> None:
@@ -132,3 +134,52 @@ def test_every_field_has_a_sentence_and_the_schema_has_every_field() -> None:
         "bfloat16",
         None,
     ]
+
+
+def test_a_list_comes_from_flags_a_file_or_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.toml"
+    file.write_text('[state]\nblob_urls = ["redis://a", "redis://b"]\n')
+    urls = ("redis://a", "redis://b")
+    env = {"EXPERTMESH_STATE__BLOB_URLS": "redis://a, redis://b"}
+    assert load_config(file=file).config.state.blob_urls == urls
+    assert load_config(env=env).config.state.blob_urls == urls
+    assert load_config({"state.blob_urls": list(urls)}).config.state.blob_urls == urls
+    with pytest.raises(ConfigurationError, match=r"state\.blob_urls must be a list"):
+        load_config({"state.blob_urls": 3})
+    item = to_json_schema()["properties"]["state"]["properties"]["blob_urls"]
+    assert item == {
+        "description": item["description"],
+        "default": [],
+        "type": "array",
+        "items": {"type": "string"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("url", "masked"),
+    [
+        ("redis://host:6379/0", "redis://host:6379/0"),
+        ("redis://user:pw@host", "redis://user:***@host"),
+        ("rediss://:p@ss/w@host:1", "rediss://:***@host:1"),
+        ("redis://token@host", "redis://***@host"),
+        ("unix:///run/s.sock?password=pw&db=1", "unix:///run/s.sock?password=***&db=1"),
+    ],
+)
+def test_a_url_is_shown_without_its_password(url: str, masked: str) -> None:
+    assert mask_url(url) == masked
+
+
+def test_secrets_are_neither_shown_nor_in_errors() -> None:
+    given = {
+        "state.redis_url": "redis://u:hush@h",
+        "state.blob_urls": ["redis://:hush@b"],
+        "state.tenant_salt": "hush",
+    }
+    seen = shown(load_config(given).config)
+    assert seen["state.redis_url"] == "redis://u:***@h"
+    assert seen["state.blob_urls"] == ["redis://:***@b"]
+    assert seen["state.tenant_salt"] == "***"
+    with pytest.raises(ConfigurationError) as caught:
+        load_config({"state.redis_url": ["redis://:hush@h"], "state.tenant_salt": 1.5})
+    assert "hush" not in str(caught.value)
+    assert len(caught.value.violations) == 2
