@@ -51,7 +51,7 @@ class GroupStatus(_message.Message):
     def __init__(self, group_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., transport: _Optional[str] = ..., compute: _Optional[str] = ..., num_threads: _Optional[int] = ..., num_experts: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., num_calls: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_pairs: _Optional[int] = ..., busy_s: _Optional[float] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class RouterStatus(_message.Message):
-    __slots__ = ("router_id", "state", "grpc_address", "requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_total", "state_slots_used", "state_slots_total", "prompt_tokens", "generation_tokens", "preemptions", "steps", "step_s", "dispatch_s", "pid", "trunk_ops")
+    __slots__ = ("router_id", "state", "grpc_address", "requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_total", "state_slots_used", "state_slots_total", "prompt_tokens", "generation_tokens", "preemptions", "steps", "step_s", "dispatch_s", "pid", "trunk_ops", "sessions_held", "cache", "stores")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,9 @@ class RouterStatus(_message.Message):
     DISPATCH_S_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     TRUNK_OPS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_HELD_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
+    STORES_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     state: str
     grpc_address: str
@@ -86,7 +89,62 @@ class RouterStatus(_message.Message):
     dispatch_s: float
     pid: int
     trunk_ops: str
-    def __init__(self, router_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., state_slots_used: _Optional[int] = ..., state_slots_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., pid: _Optional[int] = ..., trunk_ops: _Optional[str] = ...) -> None: ...
+    sessions_held: int
+    cache: CacheStatus
+    stores: _containers.RepeatedCompositeFieldContainer[StoreStatus]
+    def __init__(self, router_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., state_slots_used: _Optional[int] = ..., state_slots_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., pid: _Optional[int] = ..., trunk_ops: _Optional[str] = ..., sessions_held: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., stores: _Optional[_Iterable[_Union[StoreStatus, _Mapping]]] = ...) -> None: ...
+
+class CacheStatus(_message.Message):
+    __slots__ = ("lookup_tokens", "hit_tokens", "restored_tokens", "lost_reuse_tokens", "hit_ratio", "block_bytes", "snapshot_bytes", "snapshot_limit_bytes", "loaded_bytes", "stored_bytes", "dropped_bytes", "queued_bytes", "loads_chosen", "prefills_chosen", "loads_failed")
+    LOOKUP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOST_REUSE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HIT_RATIO_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOADS_CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    PREFILLS_CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    lookup_tokens: int
+    hit_tokens: int
+    restored_tokens: int
+    lost_reuse_tokens: int
+    hit_ratio: float
+    block_bytes: int
+    snapshot_bytes: int
+    snapshot_limit_bytes: int
+    loaded_bytes: int
+    stored_bytes: int
+    dropped_bytes: int
+    queued_bytes: int
+    loads_chosen: int
+    prefills_chosen: int
+    loads_failed: int
+    def __init__(self, lookup_tokens: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., lost_reuse_tokens: _Optional[int] = ..., hit_ratio: _Optional[float] = ..., block_bytes: _Optional[int] = ..., snapshot_bytes: _Optional[int] = ..., snapshot_limit_bytes: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., dropped_bytes: _Optional[int] = ..., queued_bytes: _Optional[int] = ..., loads_chosen: _Optional[int] = ..., prefills_chosen: _Optional[int] = ..., loads_failed: _Optional[int] = ...) -> None: ...
+
+class StoreStatus(_message.Message):
+    __slots__ = ("role", "address", "breaker", "failures", "used_bytes", "limit_bytes", "last_error")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BREAKER_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    address: str
+    breaker: str
+    failures: int
+    used_bytes: int
+    limit_bytes: int
+    last_error: str
+    def __init__(self, role: _Optional[str] = ..., address: _Optional[str] = ..., breaker: _Optional[str] = ..., failures: _Optional[int] = ..., used_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., last_error: _Optional[str] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
     __slots__ = ("model", "dtype", "placement_epoch", "max_model_len", "routers", "groups")
