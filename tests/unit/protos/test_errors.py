@@ -37,10 +37,17 @@ EXAMPLES: list[ExpertMeshError] = [
     errors.DeadlineExceededError("the queue"),
     errors.RequestCancelledError("r-1", "by its client"),
     errors.SlowReaderError(20_000, 16_384),
+    errors.ClientStalledError(30.0),
+    errors.SessionNotFoundError("chat-7"),
+    errors.SessionExistsError("chat-7"),
+    errors.SessionBusyError("chat-7", "router-a#1f", 12.5),
+    errors.SessionFencedError("chat-7", "epoch 4, ours was 3"),
+    errors.SessionQuotaError("chat-7", num_tokens=5000, quota_tokens=4096),
     errors.QueueFullError(queued=7, limit=6, retry_after_s=0.25),
     errors.NotReadyError("group g1 loads", 2.0),
     errors.DrainingError(),
     errors.EngineStoppedError("shutdown"),
+    errors.StateUnavailableError("connection refused", 2.0),
     errors.UnreachableError("connection refused"),
     errors.StalePlacementError(layer_id=3, expert_id=17, group_epoch=4, call_epoch=5),
     errors.WireFormatError("magic b'HTTP'"),
@@ -199,5 +206,8 @@ def test_a_later_versions_reason_keeps_code_and_text() -> None:
     assert "moon phase" in str(from_status(status))
 
 
-def test_bytes_that_are_no_status_are_a_wire_error() -> None:
-    assert isinstance(from_status_bytes(b"\xff\xff"), errors.WireFormatError)
+@pytest.mark.parametrize("payload", [b"", b"\xff\xff", b"\x12\x03why"])
+def test_bytes_that_are_no_status_are_the_senders_fault(payload: bytes) -> None:
+    error = from_status_bytes(payload)
+    assert type(error) is errors.InternalError
+    assert str(len(payload)) in str(error)
