@@ -1,208 +1,227 @@
-"""The seam between the router's own pool and a slower store of cached values.
+"""The seam to a slower store of cached values, behind the router's own pool.
 
-Decides what the two sides say to each other, not how values are stored: the engine asks what the
-store could restore, has it restored into blocks it owns, and hands over what is worth keeping.
-Every method returns at once. Callbacks come on the tier's threads, exactly once each, and must only
-hand over to the engine's inbox or copy bytes.
+Decides what the engine asks of such a store and what it promises in return; knows neither Redis nor
+sockets. `router.state.tier` implements it. Every method returns at once: the work happens on the
+tier's threads, which call the given callbacks. A callback only hands over to the engine thread, so
+it is cheap and never raises.
 
-Words: a *candidate* is a token position at which the store holds a snapshot and all KV blocks
-before it. Only candidates can be restored: KV without a snapshot of the same position is no hit.
+Who may touch the pool's memory:
+
+    a load        its own sequence's private blocks and state slot, from `load` until `done`
+    a write       reads one immutable cache block, from `put_block` until `release`
+    a snapshot    is a copy of its own; nothing in the pool is held for it
+
+Words: a *cache block* is 128 tokens of KV of all full-attention layers, a *snapshot* the state of
+all Gated DeltaNet layers at one position with the KV of the *tail*, the tokens behind the last full
+cache block. Positions are token counts: position p stands between tokens p - 1 and p.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from router.engine.chain import HashChain
 
-Bytes = bytes | bytearray | memoryview
-Decision = Literal["load", "prefill"]
-
 
 class TtlClass(Enum):
-    """How long a value is worth keeping; what expires first is evicted first."""
+    """How long a value is worth keeping; the tier turns it into seconds."""
 
-    SYSTEM = "system"
-    """System prompt and tools: shared by many sessions."""
-    JUNCTION = "junction"
-    """Where prefixes of several sequences part."""
+    SHARED = "shared"
+    """Part of a prefix that several requests begin with: below or at a junction."""
     SESSION = "session"
-    """One conversation; its head outlives its tail."""
+    """One conversation's own."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """What a sequence needs besides full cache blocks to go on at one position. Immutable."""
+
+    num_tokens: int
+    """The position."""
+    values: NDArray[np.uint8]
+    """State, then the tail's KV; contiguous, and written by nobody any more."""
+    state_bytes: int
+    """Bytes of the state; the rest is the tail."""
+
+    @property
+    def state(self) -> memoryview:
+        """Conv and recurrent state of all Gated DeltaNet layers, canonical layout."""
+        return memoryview(self.values)[: self.state_bytes]
+
+    @property
+    def tail(self) -> memoryview:
+        """K and V of the last `num_tokens % 128` tokens, canonical layout."""
+        return memoryview(self.values)[self.state_bytes :]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of state and tail."""
+        return self.values.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What may be restorable of one sequence."""
+    """Asks how far a sequence could be restored."""
 
     chain: HashChain
-    """Covers at least `limit` tokens and does not change until `done` is called."""
-
+    """Of at least `limit` tokens. The engine does not extend it before `done`."""
     start: int
-    """Tokens already in place."""
-
+    """Tokens that the router's own pool restores; nothing at or below it is of interest."""
     limit: int
-    """The last position worth restoring; at most the sequence's tokens less one."""
-
+    """Furthest position of use: the last token is always computed."""
     snapshot_positions: tuple[int, ...] = ()
-    """Positions, besides the multiples of 128, at which there may be a snapshot."""
+    """Positions that the session's record names, in any order; multiples of 128 may be tried
+    besides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeResult:
-    """What the store holds, and whether to fetch it."""
+    """How far a sequence could be restored, and whether that is worth it."""
 
-    num_tokens: int = 0
-    """The longest candidate behind `Probe.start`; 0: none."""
-
-    candidates: tuple[int, ...] = ()
-    """All candidates behind `Probe.start`, longest first; hand them on in `LoadJob`."""
-
-    decision: Decision = "prefill"
-
-    reason: str = ""
-    """Why, as a short stable word: `faster`, `slower`, `unmeasured`, `remeasure`, `absent`,
-    `no_snapshot`, `breaker_open`, `late`, `error`, `busy`, `closed`."""
-
-    kv_tokens: int = 0
-    """Tokens whose KV is there without a hole, with or without a snapshot."""
-
+    num_tokens: int
+    """Deepest position in `(start, limit]` with its snapshot and all cache blocks; 0 where there is
+    none."""
+    decision: str
+    """`load` or `prefill`."""
+    reason: str
+    """For logs and metrics, a few words."""
     predicted_load_s: float = 0.0
     predicted_prefill_s: float = 0.0
+
+    @property
+    def should_load(self) -> bool:
+        """Whether the engine is to load `num_tokens` tokens."""
+        return self.decision == "load" and self.num_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadJob:
-    """Restore one sequence up to a candidate."""
+    """Brings one sequence's prefix into the pool."""
 
     chain: HashChain
     start: int
-    """Tokens already in place; blocks from `start // 128` on are loaded."""
-
+    """Tokens in place. The first cache block to load is `start // 128`."""
     num_tokens: int
-    """The candidate wanted."""
-
-    candidates: tuple[int, ...] = ()
-    """Lower ones to fall back to, in any order."""
-
+    """Wanted position, as probed."""
+    snapshot_positions: tuple[int, ...]
+    """As in the probe: what to fall back to where a value is gone."""
     block_sink: Callable[[int, memoryview], None]
-    """Writes cache block `index` of the sequence into the pool; called for distinct blocks from
-    several threads, in about ascending order."""
-
+    """Takes cache block `index` (tokens `[128 * index, 128 * (index + 1))`), once verified; copies
+    it."""
     state_sink: Callable[[int, memoryview, memoryview], None]
-    """Takes (num_tokens, state, tail): writes the state slot, and the KV of the
-    `num_tokens % 128` tokens behind the last full cache block. Called once, last, and only when
-    everything before it is in place."""
-
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    """Set by the engine; `done` still comes, soon."""
-
-    deadline_s: float | None = None
-    """Seconds from now that the client still has; None: no bound but the tier's own."""
+    """Takes position, state and tail of a verified snapshot and copies them; the last call counts.
+    May come before the blocks."""
+    cancelled: threading.Event
+    """Once set, call `done` soon and no sink any more."""
+    deadline_s: float
+    """Seconds from the call of `load` after which it gives up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadResult:
-    """What a load left in place."""
+    """What a load has done; after `done`, the tier holds nothing of the pool."""
 
     num_tokens: int
-    """The candidate restored, or `LoadJob.start`: then the state slot is as it was."""
-
-    num_bytes: int = 0
-    """Verified bytes that went into the pool."""
-
-    seconds: float = 0.0
+    """Position that is wholly in place: the wanted one, a lower one that was complete, or
+    `start`."""
+    num_bytes: int
+    seconds: float
     error: str = ""
-    """Why less than wanted was restored, as a short stable word: `missing`, `corrupt`, `late`,
-    `cancelled`, `breaker_open`, `unreachable`, `sink`, `busy`, `closed`; empty on full success."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockPut:
-    """One full cache block to keep."""
-
-    key: bytes
-    """Its block hash, 32 bytes."""
-
-    parent: bytes
-    """The block hash before it, or the chain's position hash of 0."""
-
-    num_tokens: int
-    """Tokens up to the end of the block: 128 * (index + 1)."""
-
-    nbytes: int
-    read: Callable[[memoryview], None]
-    """Copies the block into `nbytes` writable bytes; called at most once."""
-
-    release: Callable[[], None]
-    """Called once when the tier no longer needs the block in the pool, read or not."""
-
-    ttl_class: TtlClass = TtlClass.SESSION
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SnapshotPut:
-    """One snapshot to keep. `state` and `tail` do not change any more."""
-
-    key: bytes
-    """The position hash, 32 bytes."""
-
-    num_tokens: int
-    state: Bytes
-    tail: Bytes = b""
-    """KV of the `num_tokens % 128` tokens behind the last full cache block."""
-
-    ttl_class: TtlClass = TtlClass.SESSION
-    stored: Callable[[bool], None] = lambda _: None
-    """Called once: whether all of it is in the store."""
+    """Why it is not the wanted one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierStats:
-    """Counters since the start, and gauges; the names are the metrics' names."""
+    """Counts since the start, but for `num_` and `is_`."""
 
-    counters: Mapping[str, float]
-    """`hit_tokens_kv`, `hit_tokens_resumable`, `restored_tokens`, `restore_bytes`,
-    `restore_seconds_<part>`, `decision_<load|prefill>`, `put_bytes`, `put_dropped_<reason>`,
-    `corrupt_total`, ..."""
-
-    gauges: Mapping[str, float]
-    """`queued_bytes`, `bandwidth_bytes_per_s`, `prefill_tokens_per_s`, ..."""
-
-    breakers: Mapping[str, str]
-    """Server -> `closed`, `open` or `half_open`."""
+    num_queued_bytes: int = 0
+    """Waiting to be written."""
+    is_open: bool = True
+    """False while the breaker keeps all calls away from the servers."""
+    hit_tokens: int = 0
+    """Restored, beyond what the pool held."""
+    read_bytes: int = 0
+    read_s: float = 0.0
+    written_bytes: int = 0
+    dropped_bytes: int = 0
+    """Not written: queue full, breaker open, server full."""
+    corrupt: int = 0
+    """Values refused by header or checksum."""
+    loads: int = 0
+    load_failures: int = 0
+    """Loads that ended below the wanted position."""
 
 
 class Tier(Protocol):
-    """A slower store of cached values, behind the router's own pool."""
+    """A slower store of cached values."""
 
     def probe(self, query: Probe, done: Callable[[ProbeResult], None]) -> None:
-        """Find the longest candidate and decide whether to load it; bounded at 100 ms."""
+        """Look how far a sequence could be restored; `done` comes within 100 ms."""
         ...
 
     def load(self, job: LoadJob, done: Callable[[LoadResult], None]) -> None:
-        """Restore; after `done` neither sink is called again."""
+        """Bring values into the pool; `done` comes once, soon after `deadline_s` at the latest."""
         ...
 
-    def put_block(self, put: BlockPut) -> bool:
-        """Queue a block; False: dropped, and `release` will not be called."""
+    def put_block(
+        self,
+        key: bytes,
+        parent: bytes,
+        read: Callable[[memoryview], None],
+        num_bytes: int,
+        release: Callable[[], None],
+        ttl_class: TtlClass,
+    ) -> bool:
+        """Write one cache block behind the step.
+
+        Args:
+            key: Its block hash, 32 bytes.
+            parent: The block hash before it, or the chain's root (`chain.position_hash(0)`).
+            read: Copies the block's `num_bytes` out of the pool; called at most once.
+            num_bytes: Size of the value without header.
+            release: Called once, when `read` is not going to be called any more.
+            ttl_class: How long it is worth keeping.
+
+        Returns:
+            False where it was dropped at once; then neither `read` nor `release` is called.
+        """
         ...
 
-    def put_snapshot(self, put: SnapshotPut) -> bool:
-        """Queue a snapshot; False: dropped, and `stored` will not be called."""
+    def put_snapshot(
+        self,
+        key: bytes,
+        snapshot: Snapshot,
+        ttl_class: TtlClass,
+        stored: Callable[[bool], None],
+    ) -> bool:
+        """Write a snapshot behind the step.
+
+        Args:
+            key: The position hash, 32 bytes.
+            snapshot: Shared with the router's own cache.
+            ttl_class: How long it is worth keeping.
+            stored: Told once whether a later probe would find it.
+
+        Returns:
+            False where it was dropped at once; then `stored` is not called.
+        """
         ...
 
     def note_prefill(self, num_tokens: int, context: int, seconds: float) -> None:
-        """Tell that `num_tokens` tokens behind `context` tokens took `seconds` to prefill."""
+        """Learn how long a prefill took: `num_tokens` behind `context` cached ones."""
         ...
 
     def stats(self) -> TierStats:
-        """Return counters and gauges; asks no server."""
+        """Return what it holds and has done."""
         ...
 
     def close(self) -> None:
-        """End all threads; what is queued is dropped, what runs is answered."""
+        """End its threads; callbacks under way come first or never."""
         ...
