@@ -47,6 +47,7 @@ DType = Annotated[
 MaxModelLen = Annotated[
     int | None, _setting("model.max_model_len", "--max-model-len", panel="Model")
 ]
+HfOverrides = Annotated[str | None, _setting("model.hf_overrides", "--hf-overrides", panel="Model")]
 Groups = Annotated[str | None, _setting("experts.groups", "--expert-groups", panel="Experts")]
 Transport = Annotated[
     Literal["auto", "lane", "grpc"] | None,
@@ -130,6 +131,7 @@ def serve(
     served_model_name: ServedName = None,
     dtype: DType = None,
     max_model_len: MaxModelLen = None,
+    hf_overrides: HfOverrides = None,
     max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     max_queued: MaxQueued = None,
@@ -166,6 +168,7 @@ def serve(
                 "model.served_model_name": served_model_name,
                 "model.dtype": dtype,
                 "model.max_model_len": max_model_len,
+                "model.hf_overrides": hf_overrides,
                 "experts.groups": expert_groups,
                 "experts.transport": expert_transport,
                 "experts.compute": expert_compute,

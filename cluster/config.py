@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.config_fields import Field, coerce, fields_of, json_schema, number, secret
+from cluster.hf_overrides import parse_hf_overrides
 from protos.errors import ConfigurationError, Violation
 
 ENV_PREFIX = "EXPERTMESH_"
@@ -38,6 +39,8 @@ class ModelSection:
     """Precision of weights and activations; unset: the checkpoint's."""
     max_model_len: int | None = number(None, minimum=1)
     """Context window in tokens, prompt and output together; unset: what the checkpoint allows."""
+    hf_overrides: str | None = None
+    """JSON object merged into the checkpoint's config.json, for example to switch YaRN on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +215,7 @@ def load_config(
     }
     config = Config(**sections)
     parse_groups(config.experts.groups)
+    parse_hf_overrides(config.model.hf_overrides)
     if config.engine.max_num_batched_tokens < config.engine.max_num_seqs:
         raise ConfigurationError(
             "engine.max_num_batched_tokens",

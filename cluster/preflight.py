@@ -23,6 +23,7 @@ import psutil
 from google.rpc import status_pb2
 
 from cluster.config import Config, load_config, parse_groups
+from cluster.hf_overrides import parse_hf_overrides
 from cluster.kv_budget import format_bytes, plan_kv_blocks
 from protos.errors import (
     CheckpointError,
@@ -166,7 +167,7 @@ def examine(config: Config, available_bytes: float) -> Facts:
     from router.model.config import ModelConfig
 
     path = Path(config.model.checkpoint)
-    model = ModelConfig.from_checkpoint(path)
+    model = ModelConfig.from_checkpoint(path, parse_hf_overrides(config.model.hf_overrides))
     with SafetensorsCheckpoint(path) as checkpoint:
         stored = checkpoint.dtype
     dtype = serving_dtype(config.model.dtype, model.dtype or stored)
@@ -242,7 +243,10 @@ def choose_max_model_len(wanted: int | None, limit: int) -> int:
     """
     if wanted is not None and wanted > limit:
         raise ConfigurationError(
-            "model.max_model_len", f"must be at most {limit}, the checkpoint's window", wanted
+            "model.max_model_len",
+            f"must be at most {limit}, what the position embedding is made for",
+            wanted,
+            hint="YaRN stretches it: --hf-overrides with rope_type yarn and a factor",
         )
     return limit if wanted is None else wanted
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cluster.config import Config, EngineSection
+from cluster.hf_overrides import parse_hf_overrides
 from cluster.kv_budget import plan_kv_blocks
 from cluster.members import GroupMember, ProcessFacts, RouterStart
 from cluster.service import ClusterServicer
@@ -123,7 +124,8 @@ class RouterProcess:
         torch.set_num_threads(threads)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._max_model_len = max_model_len
-        self._model = ModelConfig.from_checkpoint(self._path)
+        overrides = parse_hf_overrides(self._config.model.hf_overrides)
+        self._model = ModelConfig.from_checkpoint(self._path, overrides)
         self._text = TextProcessor.from_checkpoint(self._path)
         self._defaults = SamplingDefaults.from_checkpoint(self._path)
         self._ops: Ops = choose_ops(self._dtype, torch.device("cpu"), self._config.router.trunk_ops)

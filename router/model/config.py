@@ -175,6 +175,7 @@ class ModelConfig:
         generation: Mapping[str, Any] | None = None,
     ) -> ModelConfig:
         """Check a `config.json` that is already in memory; see `from_checkpoint`."""
+        _refuse_misplaced(raw, overrides or {})
         raw = _merge(raw, overrides or {})
         model_type = raw.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
@@ -302,6 +303,25 @@ def _build(
     return config
 
 
+def _refuse_misplaced(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Refuse overrides of the text model that stand beside `text_config`, where nobody reads them.
+
+    Raises:
+        ConfigurationError: Names the path that was meant.
+    """
+    inner = raw.get("text_config")
+    if not isinstance(inner, Mapping):
+        return
+    text_keys = {*inner, "rope_parameters", "rope_scaling"} - set(raw)
+    violations = [
+        Violation(key, f"is the text model's: give it as text_config.{key}", json.dumps(value))
+        for key, value in overrides.items()
+        if key in text_keys
+    ]
+    if violations:
+        raise ConfigurationError(violations=violations)
+
+
 def _require_implemented(text: _Fields, raw: Mapping[str, Any]) -> None:
     """Refuse settings that would change the mathematics or the weights' format."""
     text.require("hidden_act", "silu")
@@ -333,7 +353,11 @@ def _layer_types(text: _Fields, num_layers: int) -> tuple[str, ...]:
 
 
 def _rope(text: _Fields, head_dim: int) -> RopeConfig:
-    """Read `rope_parameters`, or the older `rope_scaling` with `rope_theta` beside it."""
+    """Read `rope_parameters`, or the older `rope_scaling` with `rope_theta` beside it.
+
+    Where both are given (a checkpoint has the one, an override the other) the older one wins key
+    by key.
+    """
     key = "rope_scaling" if text.has("rope_scaling") else "rope_parameters"
     legacy = {
         name: text.values[name]
@@ -342,7 +366,9 @@ def _rope(text: _Fields, head_dim: int) -> RopeConfig:
     }
     if text.has(key) or not legacy:
         rope = text.child(key)
-        rope.values = {**legacy, **rope.values}
+        rope.values = {**legacy, **text.child("rope_parameters").values, **rope.values}
+        if key == "rope_scaling" and "type" in text.child(key).values:
+            rope.values.pop("rope_type", None)
     else:
         rope = _Fields(legacy, text.prefix, text.violations)
     rope_type = rope.values.get("rope_type") or rope.values.get("type") or "default"
@@ -363,6 +389,8 @@ def _rope(text: _Fields, head_dim: int) -> RopeConfig:
     if rope_type not in ("default", "yarn"):
         rope.fail("rope_type", "must be default or yarn, nothing else is implemented")
     if rope_type != "yarn":
+        if rope.has("factor"):
+            rope.fail("factor", "is only read with rope_type yarn, which is not given")
         return RopeConfig(
             rope_type="default", theta=theta, rotary_dim=rotary_dim, mrope_section=tuple(section)
         )

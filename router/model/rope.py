@@ -22,6 +22,9 @@ _PAGE = 4096
 """Positions computed at once. The table grows in whole pages, always by the same kernel over the
 same shape: the cos of a position has the same bits whatever was asked for before."""
 
+_MOST_AHEAD = 16 * _PAGE
+"""Positions that a growing table takes in advance."""
+
 
 def inverse_frequencies(rope: RopeConfig) -> Tensor:
     """Return `inv_freq`, float32 `[rotary_dim / 2]`, YaRN's interpolation included."""
@@ -92,8 +95,10 @@ class RotaryTable:
         return per_axis.gather(0, index).squeeze(0)
 
     def _grow(self, num_positions: int) -> None:
-        # At least doubles, so that a growing context does not copy the table at every page.
-        wanted = max(num_positions, 2 * self._table.shape[0])
+        # Doubles, so that a growing context does not copy the table at every page, but by at most
+        # `_MOST_AHEAD`: at a million positions and 64 rotated components the table has 250 MB.
+        have = self._table.shape[0]
+        wanted = max(num_positions, have + min(have, _MOST_AHEAD))
         pages = [self._table]
         for start in range(self._table.shape[0], wanted, _PAGE):
             positions = torch.arange(start, start + _PAGE, dtype=torch.float32)

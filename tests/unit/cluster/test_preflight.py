@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from cluster.preflight import (
     check_groups,
     check_memory,
     choose_max_model_len,
+    examine,
     quick_checks,
     router_port,
     serving_dtype,
 )
 from protos.errors import CheckpointError, ConfigurationError, ResourceError
+from tests.parity.checkpoints import make_checkpoint
 
 GIB = 1 << 30
 
@@ -110,5 +113,18 @@ def test_dtype_is_the_checkpoints_unless_given() -> None:
 def test_the_window_may_be_smaller_than_the_checkpoints_not_larger() -> None:
     assert choose_max_model_len(None, 4096) == 4096
     assert choose_max_model_len(100, 4096) == 100
-    with pytest.raises(ConfigurationError, match="at most 4096, the checkpoint's window, got 5000"):
+    with pytest.raises(ConfigurationError, match=r"rope_type yarn.*at most 4096, what.*got 5000"):
         choose_max_model_len(5000, 4096)
+
+
+def test_overrides_stretch_the_window_of_a_checkpoint(tmp_path: Path) -> None:
+    """The flag reaches the model: 64 tokens, times 4 with YaRN, and no more than that."""
+    make_checkpoint(tmp_path, max_position_embeddings=64, num_layers=1)
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    overrides = json.dumps({"text_config": {"rope_parameters": yarn}})
+    plain = {"model__checkpoint": str(tmp_path), "engine__kv_cache_gib": 0.01}
+    assert examine(config(**plain), 16 * GIB).max_model_len == 64
+    stretched = {**plain, "model__hf_overrides": overrides}
+    assert examine(config(**stretched), 16 * GIB).max_model_len == 256
+    with pytest.raises(ConfigurationError, match=r"at most 256, .*got 1010000"):
+        examine(config(**stretched, model__max_model_len=1_010_000), 16 * GIB)

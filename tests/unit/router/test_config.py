@@ -92,6 +92,42 @@ def test_overrides_switch_on_yarn() -> None:
     assert ModelConfig.from_dict(MOE_TEXT).max_context_tokens == 1000
 
 
+def test_an_override_in_the_older_spelling_keeps_the_rest_of_the_rope() -> None:
+    scaling = {"type": "yarn", "factor": 4.0}
+    rope = ModelConfig.from_dict(MOE_TEXT, {"rope_scaling": scaling}).rope
+    expected = ModelConfig.from_dict(
+        MOE_TEXT, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}
+    ).rope
+    assert rope == expected
+    assert rope.theta == 1e7
+
+
+def test_an_override_of_the_text_model_outside_text_config_is_refused() -> None:
+    """There nobody would read it, and the output would rot beyond the old window."""
+    raw = {"model_type": "qwen3_5_moe", "text_config": MOE_TEXT}
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    with pytest.raises(ConfigurationError, match=r"give it as text_config\.rope_parameters"):
+        ModelConfig.from_dict(raw, {"rope_parameters": yarn})
+    with pytest.raises(ConfigurationError, match=r"text_config\.max_position_embeddings"):
+        ModelConfig.from_dict(raw, {"max_position_embeddings": 8})
+    inside = ModelConfig.from_dict(raw, {"text_config": {"rope_parameters": yarn}})
+    assert inside.max_context_tokens == 4000
+
+
+def test_a_factor_without_yarn_is_refused_not_ignored() -> None:
+    with pytest.raises(ConfigurationError, match=r"rope_parameters\.factor is only read with"):
+        ModelConfig.from_dict(MOE_TEXT, {"rope_parameters": {"factor": 4.0}})
+
+
+def test_the_window_of_a_million_tokens() -> None:
+    raw = changed(max_position_embeddings=262_144)
+    assert ModelConfig.from_dict(raw).max_context_tokens == 262_144
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262_144}
+    config = ModelConfig.from_dict(raw, {"rope_parameters": yarn})
+    assert config.max_context_tokens >= 1_010_000
+    assert config.rope.factor == 4.0
+
+
 def test_the_older_rope_keys_are_read() -> None:
     raw = without("rope_parameters") | {
         "rope_theta": 5e5,

@@ -55,6 +55,18 @@ def test_text_rows_equal_the_oracle(rope: str) -> None:
     torch.testing.assert_close(rows, torch.cat((cos[0, :, :4], sin[0, :, :4]), dim=1))
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0, 4.0])
+def test_yarn_rows_equal_the_oracle_up_to_a_million_positions(factor: float) -> None:
+    """The released sizes: theta 1e7, a window of 262,144 stretched by the factor."""
+    rope = {"factor": factor, "original_max_position_embeddings": 262_144, "rope_theta": 1e7}
+    table, oracle = ours_and_theirs(rope_type="yarn", **rope)
+    positions = torch.tensor([0, 1, 127, 128, 4096, 262_143, 262_144, 524_289, 999_999, 1_009_999])
+    cos, sin = oracle(torch.zeros(1), positions.expand(3, 1, -1))
+    rows = table.rows(positions, 1_009_999)
+    expected = torch.cat((cos[0, :, :4], sin[0, :, :4]), dim=1)
+    assert torch.equal(rows, expected)
+
+
 def test_each_frequency_takes_its_own_axis() -> None:
     table, oracle = ours_and_theirs()
     positions = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4], [40, 50, 60, 70]])
