@@ -1,8 +1,9 @@
-"""The express: ordinary forwards of a lane answered by native code alone, frame after frame.
+"""The express: ordinary forwards answered by native code alone.
 
-`experts/native/serve.cpp` reads, computes and answers without the interpreter (about 40 us less a
-call) until a frame is out of the ordinary; `lane.py` then answers that one with `ExpertRuntime`,
-where every case has its typed error. Only a group that computes natively has an express.
+On a lane, `experts/native/serve.cpp` reads, computes and answers frame after frame without the
+interpreter (about 40 us less a call); a gRPC stream hands it one frame at a time. A frame that is
+out of the ordinary is left to `ExpertRuntime`, where every case has its typed error. Only a group
+that computes natively has an express.
 
 The express owns the innermost lock of the group: whoever changes epoch or residency, or reads
 counters, holds it (`ComputeLock`).
@@ -21,7 +22,8 @@ import torch
 
 from experts.compute import ExpertShape, NativeCompute
 from experts.load import LoadCounters
-from protos.codec import HEADER_BYTES, dtype_of_torch
+from protos.codec import HEADER_BYTES, Buffer, dtype_of_torch, unpack_header
+from protos.errors import DeadlineExceededError
 
 
 class Event(IntEnum):
@@ -46,6 +48,12 @@ class Totals(NamedTuple):
     busy_s: float
 
 
+FIRST_BUFFER_BYTES = 256 * 1024
+KEPT_BUFFER_BYTES = 64 * 1024 * 1024
+"""The buffers of a connection grow up to this size; a larger frame is answered with care, in memory
+of its own."""
+
+
 class Buffers:
     """What one lane receives into and answers from; `capacity` bytes for a payload or a result."""
 
@@ -62,6 +70,19 @@ class Buffers:
             self._result.data_ptr(),
             capacity,
         )
+
+
+class FrameBuffers:
+    """A frame and its answer, `capacity` bytes of payload each; of one gRPC stream."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._frame = torch.empty(capacity, dtype=torch.uint8)
+        self._answer = torch.empty(HEADER_BYTES + capacity, dtype=torch.uint8)
+        self.frame = memoryview(self._frame.numpy())  # type: ignore[arg-type]
+        self.answer = memoryview(self._answer.numpy())  # type: ignore[arg-type]
+        self.frame_address = self._frame.data_ptr()
+        self.answer_room = self._answer.data_ptr(), capacity
 
 
 class Express:
@@ -132,6 +153,27 @@ class Express:
         if event < 0:
             raise OSError(-event, "lane")
         return Event(event), got.value
+
+    def answer(self, frame: Buffer, buffers: FrameBuffers) -> memoryview | None:
+        """Answer one forward that came as a whole frame.
+
+        Returns:
+            Header and result, in `buffers`; None where `ExpertRuntime` must answer.
+
+        Raises:
+            DeadlineExceededError: The caller has stopped waiting.
+        """
+        num_bytes = len(frame)
+        if num_bytes > buffers.capacity:
+            return None
+        buffers.frame[:num_bytes] = frame
+        answered = self._native.express_answer(
+            self._address, buffers.frame_address, num_bytes, *buffers.answer_room
+        )
+        if answered < 0:
+            bound_s = unpack_header(frame).deadline_ms / 1e3
+            raise DeadlineExceededError("a forward queued in this group", bound_s)
+        return buffers.answer[:answered] if answered else None
 
 
 class ComputeLock:

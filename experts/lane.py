@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experts.calls import MAX_FRAME_BYTES
-from experts.express import Buffers, Event
+from experts.express import FIRST_BUFFER_BYTES, KEPT_BUFFER_BYTES, Buffers, Event
 from experts.runtime import ExpertRuntime
 from protos.codec import (
     FRAME_VERSION,
@@ -57,9 +57,6 @@ HELLO_TIMEOUT_S = 10.0
 MAX_UNIX_PATH_BYTES = 100
 """Below the 108 of `sockaddr_un`."""
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
-FIRST_BUFFER_BYTES = 256 * 1024
-KEPT_BUFFER_BYTES = 4 * 1024 * 1024
-"""A connection's buffers grow up to this size; a larger frame gets one of its own."""
 
 
 @dataclass(frozen=True, slots=True)

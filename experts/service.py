@@ -1,17 +1,17 @@
 """`ExpertService` over gRPC, and the server that a group's process runs.
 
-The server has an event loop and a thread of its own, so a Ray actor, a test or a script starts it
-with one call. Large forwards are computed in worker threads, small ones on the loop; their frames
-cross as raw bytes (`codec.decode_frame_field`), which any protobuf client speaks too. What fails in
-one forward is answered on the stream, which goes on; what fails in another RPC is its status.
+The server runs threads of its own, so a Ray actor, a test or a script starts it with one call. A
+stream has a thread for as long as it is open: grpc's event-loop server takes twice as long for a
+message (tests/benchmarks/LOG.md). Frames cross as raw bytes (`codec.decode_frame_field`), which any
+protobuf client speaks too. What fails in one forward is answered on the stream, which goes on; what
+fails in another RPC is its status.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -24,18 +24,22 @@ from grpc_health.v1 import (  # type: ignore[import-untyped]
 )
 
 from experts.calls import MAX_MESSAGE_BYTES
+from experts.express import FIRST_BUFFER_BYTES, KEPT_BUFFER_BYTES, FrameBuffers
 from experts.group_state import GroupState
 from experts.lane import LaneServer
 from experts.runtime import ExpertRuntime
 from protos.codec import (
+    Buffer,
     FrameHeader,
     FrameKind,
     decode_frame_field,
     encode_frame_field,
     pack_header,
     split_frame,
+    unpack_header,
 )
 from protos.errors import (
+    DeadlineExceededError,
     DrainingError,
     ExpertMeshError,
     InternalError,
@@ -50,44 +54,36 @@ from protos.v1 import experts_pb2
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = "expertmesh.v1.ExpertService"
-MAX_STREAMS = 64
+MAX_CONCURRENT_RPCS = 128
+"""Streams and calls at one time, a thread each; one more is refused with RESOURCE_EXHAUSTED."""
 MIN_INTERVAL_S = 0.1
-INLINE_BYTES = 64 * 1024
-"""Frames up to this size are answered on the event loop when nobody computes: a thread hop costs
-more than they do."""
-START_TIMEOUT_S = 30.0
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context = grpc.ServicerContext
 
 
 class ExpertServicer:
     """The RPCs of one group; every one is a thin shell around `ExpertRuntime`."""
 
-    def __init__(
-        self, runtime: ExpertRuntime, lanes: LaneServer, workers: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, runtime: ExpertRuntime, lanes: LaneServer) -> None:
         self._runtime = runtime
         self._lanes = lanes
-        self._workers = workers
+        self._lock = threading.Lock()
         self._num_streams = 0
 
-    async def forward(
-        self, requests: AsyncIterator[bytes], context: Context
-    ) -> AsyncIterator[bytes]:
+    def forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         """Answer each frame of a stream, in order."""
         self._require_open()
-        loop = asyncio.get_running_loop()
-        self._num_streams += 1
+        with self._lock:
+            self._num_streams += 1
         try:
-            async for message in requests:
-                if len(message) <= INLINE_BYTES and self._runtime.is_idle:
-                    yield self._answer(message)
-                else:
-                    yield await loop.run_in_executor(self._workers, self._answer, message)
+            answers = _Answers(self._runtime)
+            for message in requests:
+                yield answers.to(message)
         finally:
-            self._num_streams -= 1
+            with self._lock:
+                self._num_streams -= 1
 
-    async def open_lane(
+    def open_lane(
         self, request: experts_pb2.OpenLaneRequest, context: Context
     ) -> experts_pb2.OpenLaneResponse:
         """Hand out the address and the token of one connection."""
@@ -102,33 +98,31 @@ class ExpertServicer:
             max_frame_bytes=self._lanes.max_frame_bytes,
         )
 
-    async def load_experts(
+    def load_experts(
         self, request: experts_pb2.LoadExpertsRequest, context: Context
     ) -> experts_pb2.LoadExpertsResponse:
         """Make experts resident, or say what it would take."""
         keys = [(key.layer_id, key.expert_id) for key in request.experts]
-        num_loaded, needed, free = await asyncio.to_thread(
-            self._runtime.load_experts, keys, request.placement_epoch, dry_run=request.dry_run
+        num_loaded, needed, free = self._runtime.load_experts(
+            keys, request.placement_epoch, dry_run=request.dry_run
         )
         return experts_pb2.LoadExpertsResponse(
             num_loaded=num_loaded, bytes_needed=needed, bytes_free=free
         )
 
-    async def drop_experts(
+    def drop_experts(
         self, request: experts_pb2.DropExpertsRequest, context: Context
     ) -> experts_pb2.DropExpertsResponse:
         """Forget experts."""
         keys = [(key.layer_id, key.expert_id) for key in request.experts]
-        num_dropped = await asyncio.to_thread(
-            self._runtime.drop_experts, keys, request.placement_epoch
-        )
+        num_dropped = self._runtime.drop_experts(keys, request.placement_epoch)
         return experts_pb2.DropExpertsResponse(num_dropped=num_dropped)
 
-    async def get_state(
+    def get_state(
         self, request: experts_pb2.GetStateRequest, context: Context
     ) -> experts_pb2.GetStateResponse:
         """Say what the group is doing and holds."""
-        status = await asyncio.to_thread(self._runtime.status)
+        status = self._runtime.status()
         return experts_pb2.GetStateResponse(
             group_id=status.group_id,
             state=str(status.state),
@@ -151,15 +145,18 @@ class ExpertServicer:
             dtype=status.dtype,
         )
 
-    async def watch_load(
+    def watch_load(
         self, request: experts_pb2.WatchLoadRequest, context: Context
-    ) -> AsyncIterator[experts_pb2.WatchLoadResponse]:
+    ) -> Iterator[experts_pb2.WatchLoadResponse]:
         """Send the counters at once and then every interval, until the caller leaves."""
         interval_s = request.interval_s or 1.0
         if not interval_s >= MIN_INTERVAL_S:
             raise InvalidFieldError("interval_s", f"must be {MIN_INTERVAL_S} or more", interval_s)
+        ended = threading.Event()
+        if not context.add_callback(ended.set):
+            return
         while True:
-            counts = await asyncio.to_thread(self._runtime.load_counts)
+            counts = self._runtime.load_counts()
             yield experts_pb2.WatchLoadResponse(
                 placement_epoch=self._runtime.epoch,
                 first_layer=0,
@@ -167,25 +164,8 @@ class ExpertServicer:
                 num_experts=counts.shape[1],
                 counts_u64le=counts.astype(np.dtype("<u8")).tobytes(),
             )
-            await asyncio.sleep(interval_s)
-
-    def _answer(self, message: bytes) -> bytes:
-        """Return the serialised answer to one serialised forward."""
-        call_id = 0
-        try:
-            # One copy: kernels want aligned, writable memory.
-            header, payload = split_frame(bytearray(decode_frame_field(message)))
-            call_id = header.call_id
-            answer, result = self._runtime.forward(header, payload)
-        except ExpertMeshError as error:
-            return _error_message(call_id, error)
-        except Exception as error:  # the RPC boundary
-            log.exception("event=forward_failed group=%s", self._runtime.group_id)
-            return _error_message(call_id, InternalError(type(error).__name__))
-        message = encode_frame_field(pack_header(answer), result)
-        if len(message) > MAX_MESSAGE_BYTES:
-            return _error_message(call_id, MessageTooLargeError(len(message), MAX_MESSAGE_BYTES))
-        return message
+            if ended.wait(interval_s):
+                return
 
     def _require_open(self) -> None:
         state = self._runtime.state
@@ -193,6 +173,39 @@ class ExpertServicer:
             raise DrainingError(f"group {self._runtime.group_id}")
         if state is not GroupState.READY:
             raise NotReadyError(f"group {self._runtime.group_id} is {state}")
+
+
+class _Answers:
+    """The answers of one stream: native where the forward is ordinary, else with care."""
+
+    def __init__(self, runtime: ExpertRuntime) -> None:
+        self._runtime = runtime
+        self._buffers = FrameBuffers(FIRST_BUFFER_BYTES)
+
+    def to(self, message: bytes) -> bytes:
+        """Return the serialised answer to one serialised forward."""
+        call_id = 0
+        try:
+            frame = decode_frame_field(message)
+            express = self._runtime.express
+            answer = None if express is None else express.answer(frame, self._buffers)
+            if answer is not None:
+                return _message(answer)
+            # One copy: kernels want aligned, writable memory.
+            header, payload = split_frame(bytearray(frame))
+            call_id = header.call_id
+            answer_header, result = self._runtime.forward(header, payload)
+        except DeadlineExceededError as error:
+            return _error_message(unpack_header(frame).call_id, error)
+        except ExpertMeshError as error:
+            return _error_message(call_id, error)
+        except Exception as error:  # the RPC boundary
+            log.exception("event=forward_failed group=%s", self._runtime.group_id)
+            return _error_message(call_id, InternalError(type(error).__name__))
+        largest = max(len(frame), len(result))
+        if self._buffers.capacity < largest <= KEPT_BUFFER_BYTES:
+            self._buffers = FrameBuffers(min(2 * largest, KEPT_BUFFER_BYTES))
+        return _message(pack_header(answer_header), result)
 
 
 class ExpertServer:
@@ -206,13 +219,10 @@ class ExpertServer:
             self._lanes = LaneServer(runtime, host=host, host_id=host_id())
         except OSError as error:
             raise ResourceError("addresses", host, "none", f"cannot bind: {error}") from error
-        self._loop = asyncio.new_event_loop()
-        self._workers = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="forward")
-        self._server: grpc.aio.Server | None = None
-        self._thread = threading.Thread(target=self._run_loop, name="expert-server", daemon=True)
-        self._thread.start()
+        self._workers = ThreadPoolExecutor(MAX_CONCURRENT_RPCS, thread_name_prefix="rpc")
+        self._server: grpc.Server | None = None
         try:
-            self.address = self._call(self._start(), START_TIMEOUT_S)
+            self.address = self._start()
         except BaseException:
             self.stop(0)
             raise
@@ -224,28 +234,25 @@ class ExpertServer:
 
     def stop(self, grace_s: float = 1.0) -> None:
         """Let calls finish for `grace_s`, then end everything that the server started."""
-        if self._loop.is_closed():
-            return
         if self._server is not None:
-            self._call(self._server.stop(grace_s), grace_s + START_TIMEOUT_S)
+            self._server.stop(grace_s).wait()
+            self._server = None
         self._lanes.stop()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
         self._workers.shutdown(cancel_futures=True)
 
-    async def _start(self) -> str:
-        server = grpc.aio.server(
-            maximum_concurrent_rpcs=4 * MAX_STREAMS,
+    def _start(self) -> str:
+        server = grpc.server(
+            self._workers,
+            maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS,
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
             ],
         )
-        servicer = ExpertServicer(self._runtime, self._lanes, self._workers)
+        servicer = ExpertServicer(self._runtime, self._lanes)
         server.add_generic_rpc_handlers((_handlers(servicer),))
-        health_servicer = health.aio.HealthServicer()
+        health_servicer = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         bound_host = f"[{self._host}]" if ":" in self._host else self._host
         try:
@@ -254,35 +261,18 @@ class ExpertServer:
             raise ResourceError(
                 "addresses", f"{bound_host}:{self._port}", "none", f"cannot bind: {error}"
             ) from error
-        await server.start()
+        server.start()
         self._server = server
-        self._runtime.on_state(lambda state: self._on_state(health_servicer, state))
+        self._runtime.on_state(lambda state: _publish(health_servicer, state))
         return f"{bound_host}:{port}"
 
-    def _on_state(self, servicer: health.aio.HealthServicer, state: GroupState) -> None:
-        """Follow the group's state in the health service, from any thread."""
-        serving = health_pb2.HealthCheckResponse.ServingStatus
-        answer = serving.SERVING if state is GroupState.READY else serving.NOT_SERVING
 
-        async def publish() -> None:
-            for name in ("", SERVICE_NAME):
-                await servicer.set(name, answer)
-
-        if not self._loop.is_closed():
-            asyncio.run_coroutine_threadsafe(publish(), self._loop)
-
-    def _run_loop(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-        pending = asyncio.all_tasks(self._loop)
-        for task in pending:
-            task.cancel()
-        if pending:
-            self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-
-    def _call(self, awaitable: Any, timeout_s: float) -> Any:
-        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result(timeout_s)
+def _publish(servicer: health.HealthServicer, state: GroupState) -> None:
+    """Follow the group's state in the health service, from any thread."""
+    serving = health_pb2.HealthCheckResponse.ServingStatus
+    answer = serving.SERVING if state is GroupState.READY else serving.NOT_SERVING
+    for name in ("", SERVICE_NAME):
+        servicer.set(name, answer)
 
 
 def start_expert_server(runtime: ExpertRuntime, host: str, port: int = 0) -> ExpertServer:
@@ -302,7 +292,7 @@ def start_expert_server(runtime: ExpertRuntime, host: str, port: int = 0) -> Exp
 def _handlers(servicer: ExpertServicer) -> grpc.GenericRpcHandler:
     """Map method names to handlers; `Forward` keeps its messages as bytes."""
 
-    def unary(method: Callable[..., Awaitable[Any]], request: Any) -> Any:
+    def unary(method: Callable[..., Any], request: Any) -> Any:
         return grpc.unary_unary_rpc_method_handler(
             _unary_boundary(method),
             request_deserializer=request.FromString,
@@ -326,40 +316,51 @@ def _handlers(servicer: ExpertServicer) -> grpc.GenericRpcHandler:
     )
 
 
-def _unary_boundary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    async def call(request: Any, context: Context) -> Any:
+def _unary_boundary(method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(request: Any, context: Context) -> Any:
         try:
-            return await method(request, context)
-        except ExpertMeshError as error:
-            await _abort(context, error)
+            return method(request, context)
         except Exception as error:  # the RPC boundary
-            log.exception("event=rpc_failed method=%s", method.__name__)
-            await _abort(context, InternalError(type(error).__name__))
+            failure = _failure(error, method)
+        _abort(context, failure)
 
     return call
 
 
-def _stream_boundary(
-    method: Callable[..., AsyncIterator[Any]],
-) -> Callable[..., AsyncIterator[Any]]:
-    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+def _stream_boundary(method: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    def call(request: Any, context: Context) -> Iterator[Any]:
         try:
-            async for message in method(request, context):
-                yield message
-        except ExpertMeshError as error:
-            await _abort(context, error)
-        except grpc.aio.AbortError:
-            raise
+            yield from method(request, context)
+            return
+        except grpc.RpcError:  # the caller left
+            return
         except Exception as error:  # the RPC boundary
-            log.exception("event=rpc_failed method=%s", method.__name__)
-            await _abort(context, InternalError(type(error).__name__))
+            failure = _failure(error, method)
+        _abort(context, failure)
 
     return call
 
 
-async def _abort(context: Context, error: ExpertMeshError) -> NoReturn:
-    await context.abort(error.code, error.message, error.trailers())
+def _failure(error: Exception, method: Callable[..., Any]) -> ExpertMeshError:
+    if isinstance(error, ExpertMeshError):
+        return error
+    log.error("event=rpc_failed method=%s", method.__name__, exc_info=error)
+    return InternalError(type(error).__name__)
+
+
+def _abort(context: Context, error: ExpertMeshError) -> NoReturn:
+    context.set_trailing_metadata(error.trailers())
+    context.abort(error.code, error.message)
     raise AssertionError("abort() raises")
+
+
+def _message(*parts: Buffer) -> bytes:
+    """Return the message of an answer, or of the error that it is too large."""
+    message = encode_frame_field(*parts)
+    if len(message) > MAX_MESSAGE_BYTES:
+        call_id = unpack_header(parts[0]).call_id
+        return _error_message(call_id, MessageTooLargeError(len(message), MAX_MESSAGE_BYTES))
+    return message
 
 
 def _error_message(call_id: int, error: ExpertMeshError) -> bytes:

@@ -232,6 +232,10 @@ int em_experts(const void* bank, int bank_dtype, int64_t slots, int64_t hidden, 
   using namespace em;
   if (!within(pair_row, num_pairs, rows)) return 1;
   if (!within(pair_slot, num_pairs, slots)) return 2;
+  if (intermediate == 0) {  // experts without a width give zeros
+    std::memset(out, 0, (combine == 2 ? rows : num_pairs) * hidden * size_of(out_dtype));
+    return 0;
+  }
   Shape shape(bank_dtype, hidden, intermediate);
   Pairs pairs{pair_row, pair_slot, pair_weight, num_pairs};
   auto* words = (const uint32_t*)bank;

@@ -1,9 +1,10 @@
-// The express: a group's answers to ordinary forwards of a lane, without the interpreter.
+// The express: a group's answers to ordinary forwards, without the interpreter.
 //
-// One call of em_express_serve answers frame after frame until something is out of the ordinary: the peer closed, a header that
-// does not describe a forward of this model, an expert that is not here, another epoch, an output that is not finite, a frame
-// larger than the buffers. It then returns with what it has read, and experts/lane.py answers that one frame the careful way,
-// where every case has its typed error. So this file decides nothing but "ordinary or not".
+// One call of em_express_serve answers frame after frame of a lane until something is out of the ordinary: the peer closed, a
+// header that does not describe a forward of this model, an expert that is not here, another epoch, an output that is not finite,
+// a frame larger than the buffers. It then returns with what it has read, and experts/lane.py answers that one frame the careful
+// way, where every case has its typed error. em_express_answer does the same for one frame that came another way. So this file
+// decides nothing but "ordinary or not".
 //
 // The mutex is the group's compute lock: it guards epoch, residency and counters against experts/runtime.py.
 
@@ -157,6 +158,27 @@ bool answer(Express& e, const em::FrameHeader& h, const uint8_t* payload, uint8_
   return true;
 }
 
+enum Outcome { kAnswered, kOutOfTheOrdinary, kLate };
+
+// Waits for its turn and computes one forward into `result` of `capacity` bytes; `out` becomes the answer's header.
+Outcome compute(Express& e, const em::FrameHeader& h, const uint8_t* payload, uint8_t* result, int64_t capacity,
+                std::vector<int32_t>& slots, em::FrameHeader& out) {
+  const int64_t item = h.dtype == em::kFrameFloat32 ? 4 : 2;
+  // Partial sums: the kernel holds every pair's output in float32 as well.
+  const int64_t widest = h.combine == em::kPartial ? int64_t(std::max(h.num_rows, h.num_pairs)) * 4
+                                                   : int64_t(h.num_pairs) * item;
+  if (widest * h.hidden > capacity) return kOutOfTheOrdinary;
+  int64_t waited_ns = 0;
+  std::unique_lock<std::mutex> lock(e.mutex, std::try_to_lock);
+  if (!lock.owns_lock()) {
+    const int64_t from = now_ns();
+    lock.lock();
+    waited_ns = now_ns() - from;
+    if (h.deadline_ms != 0 && waited_ns / 1000000 > h.deadline_ms) return kLate;
+  }
+  return answer(e, h, payload, result, waited_ns, slots, out) ? kAnswered : kOutOfTheOrdinary;
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -215,25 +237,27 @@ int64_t em_express_serve(void* express, int fd, uint8_t* head, uint8_t* payload,
     *got = receive(fd, payload, size);
     if (*got < 0) return *got;
     if (*got < size) return kClosed;
-    const int64_t item = header.dtype == em::kFrameFloat32 ? 4 : 2;
-    // Partial sums: the kernel holds every pair's output in float32 as well.
-    const int64_t widest = header.combine == em::kPartial ? int64_t(std::max(header.num_rows, header.num_pairs)) * 4
-                                                          : int64_t(header.num_pairs) * item;
-    if (widest * header.hidden > capacity) return kFrameRead;
-    {
-      int64_t waited_ns = 0;
-      std::unique_lock<std::mutex> lock(e.mutex, std::try_to_lock);
-      if (!lock.owns_lock()) {
-        const int64_t from = now_ns();
-        lock.lock();
-        waited_ns = now_ns() - from;
-        if (header.deadline_ms != 0 && waited_ns / 1000000 > header.deadline_ms) return kExpired;
-      }
-      if (!answer(e, header, payload, result, waited_ns, slots, out)) return kFrameRead;
-    }
+    const Outcome outcome = compute(e, header, payload, result, capacity, slots, out);
+    if (outcome != kAnswered) return outcome == kLate ? kExpired : kFrameRead;
     const int64_t status = send_frame(fd, out, result);
     if (status < 0) return status;
   }
+}
+
+// Answers one whole frame: writes header and result to `out`, which holds 64 + `capacity` bytes. Returns the answer's bytes, 0 where
+// the careful way must answer, -1 where the caller has stopped waiting.
+int64_t em_express_answer(void* express, const uint8_t* frame, int64_t size, uint8_t* out, int64_t capacity) {
+  Express& e = *static_cast<Express*>(express);
+  em::FrameHeader header, answer_header;
+  if (size < static_cast<int64_t>(sizeof header)) return 0;
+  std::memcpy(&header, frame, sizeof header);
+  if (!is_ordinary(e, header) || header.payload_bytes != size - sizeof header) return 0;
+  thread_local std::vector<int32_t> slots;
+  const Outcome outcome =
+      compute(e, header, frame + sizeof header, out + sizeof header, capacity, slots, answer_header);
+  if (outcome != kAnswered) return outcome == kLate ? -1 : 0;
+  std::memcpy(out, &answer_header, sizeof answer_header);
+  return static_cast<int64_t>(sizeof answer_header + answer_header.payload_bytes);
 }
 
 }  // extern "C"

@@ -67,4 +67,5 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "em_express_set_epoch": (None, [_PTR, c_uint64]),
     "em_express_totals": (None, [_PTR, _PTR]),
     "em_express_serve": (_LONG, [_PTR, _INT, _PTR, _PTR, _PTR, _LONG, _PTR]),
+    "em_express_answer": (_LONG, [_PTR, _PTR, _LONG, _PTR, _LONG]),
 }
