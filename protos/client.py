@@ -25,6 +25,7 @@ import grpc
 
 from protos.errors import ExpertMeshError, from_rpc_error
 from protos.events import Completion, Event, events_of
+from protos.tls import Access, ClientTls
 from protos.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -86,13 +87,22 @@ class Client:
     """A connection to a router, for threads. Methods may be called from several at once.
 
     Args:
-        address: `host:port`.
+        address: `host:port`, or `grpcs://host:port` for TLS with a public CA.
         config: Deadlines and retries.
+        tls: Connect with TLS: which CA to trust, which certificate to show.
+        api_key: Sent with every call.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, config: ClientConfig | None = None) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        config: ClientConfig | None = None,
+        *,
+        tls: ClientTls | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self._config = config or ClientConfig()
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._channel = Access(tls=tls, api_key=api_key).channel(address, _CHANNEL_OPTIONS)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
 
@@ -193,9 +203,16 @@ class Client:
 class AsyncClient:
     """`Client` for an event loop; make and use it inside the loop."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, config: ClientConfig | None = None) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        config: ClientConfig | None = None,
+        *,
+        tls: ClientTls | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self._config = config or ClientConfig()
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._channel = Access(tls=tls, api_key=api_key).aio_channel(address, _CHANNEL_OPTIONS)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
 

@@ -13,6 +13,7 @@
     |  +- DeadlineExceededError       DEADLINE_EXCEEDED     DEADLINE                  never
     |  +- RequestCancelledError       CANCELLED             REQUEST_CANCELLED         never
     |  +- SlowReaderError             RESOURCE_EXHAUSTED    SLOW_READER               never
+    |  +- UnauthenticatedError        UNAUTHENTICATED       UNAUTHENTICATED           never
     |  +- ClientStalledError          RESOURCE_EXHAUSTED    CLIENT_STALLED            never
     |  +- SessionNotFoundError        NOT_FOUND             SESSION_NOT_FOUND         never
     |  +- SessionExistsError          ALREADY_EXISTS        SESSION_EXISTS            never
@@ -110,6 +111,7 @@ from protos.request_errors import (
     SessionQuotaError,
     SlowReaderError,
     StateUnavailableError,
+    UnauthenticatedError,
     UnknownModelError,
     UnreachableError,
     UnsupportedFeatureError,
@@ -156,6 +158,7 @@ __all__ = [
     "SlowReaderError",
     "StalePlacementError",
     "StateUnavailableError",
+    "UnauthenticatedError",
     "UnknownModelError",
     "UnreachableError",
     "UnsupportedArchitectureError",
@@ -255,6 +258,8 @@ def _foreign(code: int, text: str) -> ExpertMeshError:
         return UnreachableError(text)
     if code == status.DEADLINE_EXCEEDED.value[0]:
         return DeadlineExceededError("the call")
+    if code == status.UNAUTHENTICATED.value[0]:
+        return UnauthenticatedError(text)
     if code == status.CANCELLED.value[0]:
         return RequestCancelledError(detail=text)
     if code == status.UNIMPLEMENTED.value[0]:

@@ -144,6 +144,16 @@ class SlowReaderError(RequestError):
         )
 
 
+class UnauthenticatedError(RequestError):
+    """The call carries no API key, or one that the service does not know."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(f"not authenticated: {detail}", detail=detail)
+
+
 class ClientStalledError(RequestError):
     """The client has taken nothing from its connection for so long that its stream is given up."""
 

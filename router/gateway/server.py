@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
@@ -23,7 +23,9 @@ from grpc_health.v1 import (  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from protos.errors import ConfigurationError, NotReadyError
+from protos.tls import ServerTls
 from protos.v1 import gating_pb2, gating_pb2_grpc, generation_pb2, generation_pb2_grpc
+from router.gateway.authentication import ApiKeyInterceptor
 from router.gateway.delivery import LoopDelivery
 from router.gateway.gating import GatingServicer
 from router.gateway.generation import GenerationServicer
@@ -61,6 +63,10 @@ class GatewayOptions:
     max_connection_age_s: float = 1800.0
     """After it a client is told to connect anew, so that it finds new routers; its streams run to
     their end on the old connection."""
+    tls: ServerTls | None = None
+    """None: a plain port."""
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Every call but health must carry one of these; none: calls need no key."""
 
 
 def generation_service(servicer: GenerationServicer) -> Service:
@@ -97,26 +103,37 @@ class Gateway:
             ConfigurationError: The port cannot be opened.
         """
         options = self._options
-        server = grpc.aio.server(
-            interceptors=(ErrorInterceptor(),), options=_server_options(options)
-        )
+        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
+        if options.api_keys:
+            interceptors.insert(0, ApiKeyInterceptor(options.api_keys))
+        server = grpc.aio.server(interceptors=interceptors, options=_server_options(options))
         for service in self._services:
             service.add_to_server(service.servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [service.name for service in self._services]
         names += [health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, server)
+        address = f"{options.host}:{options.port}"
         try:
-            port = server.add_insecure_port(f"{options.host}:{options.port}")
+            if options.tls is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, options.tls.credentials())
         except RuntimeError as error:
             raise ConfigurationError(
-                "port", "must be free", f"{options.host}:{options.port}", "choose another --port"
+                "port", "must be free", address, "choose another --port"
             ) from error
         self._server = server
         await server.start()
         await self.set_serving(True)
         self.address = f"{options.host}:{port}"
-        logger.info("gateway.started address=%s services=%d", self.address, len(self._services))
+        logger.info(
+            "gateway.started address=%s services=%d tls=%s api_keys=%d",
+            self.address,
+            len(self._services),
+            options.tls is not None,
+            len(options.api_keys),
+        )
         return self.address
 
     async def set_serving(self, is_serving: bool) -> None:

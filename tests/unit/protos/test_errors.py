@@ -37,6 +37,7 @@ EXAMPLES: list[ExpertMeshError] = [
     errors.DeadlineExceededError("the queue"),
     errors.RequestCancelledError("r-1", "by its client"),
     errors.SlowReaderError(20_000, 16_384),
+    errors.UnauthenticatedError("the API key is not known"),
     errors.ClientStalledError(30.0),
     errors.SessionNotFoundError("chat-7"),
     errors.SessionExistsError("chat-7"),
