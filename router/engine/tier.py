@@ -53,12 +53,12 @@ class Snapshot:
     @property
     def state(self) -> memoryview:
         """Conv and recurrent state of all Gated DeltaNet layers, canonical layout."""
-        return memoryview(self.values)[: self.state_bytes]
+        return self.values.data[: self.state_bytes]
 
     @property
     def tail(self) -> memoryview:
         """K and V of the last `num_tokens % 128` tokens, canonical layout."""
-        return memoryview(self.values)[self.state_bytes :]
+        return self.values.data[self.state_bytes :]
 
     @property
     def num_bytes(self) -> int:

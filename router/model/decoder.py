@@ -23,6 +23,7 @@ from experts.weights import SafetensorsCheckpoint
 from protos.errors import ConfigurationError
 from router.engine.batch import Batch
 from router.model import memory
+from router.model.cache_io import DecoderCacheIo
 from router.model.config import FULL_ATTENTION, ModelConfig
 from router.model.lazy_zeros import lazy_zeros
 from router.model.moe import DenseLayer, Experts, HostExperts, MoeLayer
@@ -151,6 +152,10 @@ class Decoder:
             block_size=block_size,
             num_state_slots=num_state_slots,
         )
+
+    def cache_io(self, caches: Caches) -> DecoderCacheIo:
+        """Return what copies cached values in and out of `caches`."""
+        return DecoderCacheIo(self.config, self.ops, self.dtype, caches.layers)
 
     def _allocate_kv(self, num_blocks: int, block_size: int) -> KvLayer:
         config = self.config

@@ -13,7 +13,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from experts.native.kernels import DTYPES, Kernels, Library, PackedLinear
@@ -35,6 +37,8 @@ class NativeKv:
     blocks: Tensor
     """int32 `[num_blocks, words]`: a block is one row, so it can be copied or stored whole."""
     block_size: int
+    num_kv_heads: int
+    head_dim: int
     code: int
     address: int
 
@@ -211,4 +215,22 @@ class NativeOps:
         code = DTYPES[dtype]
         num_bytes = self._long.kv_block_bytes(code, block_size, num_kv_heads, head_dim)
         blocks = lazy_zeros((num_blocks, num_bytes // 4), torch.int32, self.device)
-        return NativeKv(blocks, block_size, code, blocks.data_ptr())
+        return NativeKv(blocks, block_size, num_kv_heads, head_dim, code, blocks.data_ptr())
+
+    def read_kv(
+        self, kv: NativeKv, blocks: NDArray[np.int32], num_tokens: int, out: NDArray[np.uint8]
+    ) -> None:
+        """See `Ops.read_kv`. Gives up the interpreter lock and stays out of the thread pool."""
+        self._long.kv_read(
+            *(kv.address, kv.code, kv.block_size, kv.num_kv_heads, kv.head_dim),
+            *(blocks.ctypes.data, num_tokens, out.ctypes.data),
+        )
+
+    def write_kv(
+        self, kv: NativeKv, blocks: NDArray[np.int32], num_tokens: int, values: NDArray[np.uint8]
+    ) -> None:
+        """See `Ops.write_kv`. Gives up the interpreter lock and stays out of the thread pool."""
+        self._long.kv_write(
+            *(kv.address, kv.code, kv.block_size, kv.num_kv_heads, kv.head_dim),
+            *(blocks.ctypes.data, num_tokens, values.ctypes.data),
+        )

@@ -24,7 +24,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from protos.errors import ConfigurationError
@@ -205,6 +207,26 @@ class Ops(Protocol):
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> KvLayer:
         """Allocate the blocks of one layer; `dtype` is what K and V are rounded to."""
+        ...
+
+    def read_kv(
+        self, kv: Any, blocks: NDArray[np.int32], num_tokens: int, out: NDArray[np.uint8]
+    ) -> None:
+        """Copy K `[num_tokens, Hkv, hd]`, then V alike, out of the blocks of one sequence.
+
+        Args:
+            kv: The layer.
+            blocks: The blocks of the `num_tokens` tokens, in order; the first token is at the begin
+                of the first block.
+            num_tokens: At least one.
+            out: The bytes of both, in the KV dtype.
+        """
+        ...
+
+    def write_kv(
+        self, kv: Any, blocks: NDArray[np.int32], num_tokens: int, values: NDArray[np.uint8]
+    ) -> None:
+        """Copy what `read_kv` gave, bit for bit, into blocks. `values` may be read-only."""
         ...
 
     def swiglu(self, gate_up: Tensor, intermediate_size: int) -> Tensor:

@@ -18,7 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,6 +57,12 @@ class TorchKv:
     def num_bytes(self) -> int:
         """Bytes of all its blocks."""
         return 2 * self.k.numel() * self.k.itemsize
+
+    def slots_of(self, blocks: NDArray[np.int32], num_tokens: int) -> Tensor:
+        """Return where the first tokens of some blocks lie, int64 `[num_tokens]`."""
+        tokens = np.arange(num_tokens)
+        slots = blocks[tokens // self.block_size].astype(np.int64) * self.block_size
+        return torch.from_numpy(slots + tokens % self.block_size).to(self.k.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -403,6 +411,24 @@ class TorchOps:
         shape = (num_blocks * block_size, num_kv_heads, head_dim)
         k = lazy_zeros(shape, dtype, self.device)
         return TorchKv(k, lazy_zeros(shape, dtype, self.device), block_size)
+
+    def read_kv(
+        self, kv: TorchKv, blocks: NDArray[np.int32], num_tokens: int, out: NDArray[np.uint8]
+    ) -> None:
+        """See `Ops.read_kv`."""
+        slots = kv.slots_of(blocks, num_tokens)
+        for tensor, part in zip((kv.k, kv.v), out.reshape(2, -1), strict=True):
+            rows = tensor.index_select(0, slots).view(torch.uint8)
+            np.copyto(part, rows.flatten().cpu().numpy())
+
+    def write_kv(
+        self, kv: TorchKv, blocks: NDArray[np.int32], num_tokens: int, values: NDArray[np.uint8]
+    ) -> None:
+        """See `Ops.write_kv`."""
+        slots = kv.slots_of(blocks, num_tokens)
+        for tensor, part in zip((kv.k, kv.v), values.reshape(2, -1), strict=True):
+            rows = torch.from_numpy(part.copy()).view(tensor.dtype)
+            tensor.index_copy_(0, slots, rows.view(-1, *tensor.shape[1:]).to(self.device))
 
     def swiglu(self, gate_up: Tensor, intermediate_size: int) -> Tensor:
         """See `Ops.swiglu`."""
