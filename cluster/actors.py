@@ -13,7 +13,7 @@ import ray
 
 from cluster.config import Config
 from cluster.logs import configure_logging
-from cluster.members import GroupMember, ProcessFacts, RouterStart
+from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart
 
 if TYPE_CHECKING:
     from cluster.group_process import GroupProcess
@@ -80,9 +80,13 @@ class RouterActor:
         """Load the trunk; return its bytes."""
         return self._running.load(dtype, max_model_len, threads)
 
-    def start(self, start: RouterStart) -> str:
-        """Connect to the expert groups and open the gRPC port; return its address."""
+    def start(self, start: RouterStart) -> RouterReady:
+        """Connect to the expert groups and open the gRPC port."""
         return self._running.start(start)
+
+    def check(self) -> None:
+        """Generate a token over the gRPC port."""
+        self._running.check()
 
     def join_group(self, members: list[GroupMember], routers: dict[str, str]) -> None:
         """Learn who else serves, for status questions."""

@@ -7,7 +7,7 @@ import os
 import threading
 
 from cluster.config import Config
-from cluster.members import ProcessFacts
+from cluster.members import ProcessFacts, new_boot
 from experts.device import require_deepspeed
 from experts.placement import Placement
 from experts.runtime import ExpertRuntime
@@ -26,6 +26,7 @@ class GroupProcess:
         require_deepspeed()
         self.group_id = group_id
         self.stopped = threading.Event()
+        self._boot = new_boot()
         self._config = config
         self._runtime: ExpertRuntime | None = None
         self._server: ExpertServer | None = None
@@ -33,7 +34,9 @@ class GroupProcess:
     def facts(self, node_id: str, address: str) -> ProcessFacts:
         """Return where this process runs."""
         cores = len(os.sched_getaffinity(0))
-        return ProcessFacts(node_id=node_id, address=address, pid=os.getpid(), cores=cores)
+        return ProcessFacts(
+            node_id=node_id, address=address, pid=os.getpid(), cores=cores, boot=self._boot
+        )
 
     def load(self, placement_json: str, dtype: str, threads: int, host: str) -> str:
         """Load this group's experts and open its port.

@@ -8,7 +8,9 @@
     every router answers a request of one token
     ready
 
-Whatever fails on the way ends everything that was started. Knows Ray only through `ray_api`.
+Whatever fails on the way ends everything that was started. Once it is ready, a group that dies ends
+the service, and a router that dies comes back (`cluster.routers`). Knows Ray only through
+`ray_api`.
 """
 
 from __future__ import annotations
@@ -19,22 +21,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
-
 from cluster.config import Config, parse_groups
 from cluster.kv_budget import format_bytes
-from cluster.members import GroupMember, ProcessFacts, RouterStart, threads_per_group
+from cluster.members import (
+    GroupMember,
+    ProcessFacts,
+    RouterStart,
+    threads_per_group,
+)
 from cluster.preflight import Examination, Facts, quick_checks, router_port
 from cluster.ray_api import GROUP_RESOURCE, Actor, Guard, PrivateRay, RayCluster
+from cluster.routers import Router, Routers
 from experts.placement import Placement
 from experts.planner import plan_placement
 from protos.errors import (
     ConfigurationError,
     DeadlineExceededError,
     ExpertMeshError,
-    from_rpc_error,
+    RouterLostError,
 )
-from protos.v1 import generation_pb2, generation_pb2_grpc
 
 STOP_TIMEOUT_S = 10.0
 """How long a drained process gets to close its port before it is killed."""
@@ -71,8 +76,12 @@ class Service:
     guard: Guard = nullcontext
     """Held around calls into Ray, see `cluster.stopping`."""
     _cluster: RayCluster | None = None
+    _reservation: Any = None
+    """Of `RayCluster.reserve`: a bundle per group, then one per router."""
     _groups: dict[str, Actor] = field(default_factory=dict)
-    _routers: dict[str, Actor] = field(default_factory=dict)
+    _members: list[GroupMember] = field(default_factory=list)
+    _placement: Placement | None = None
+    _routers: Routers | None = None
     _examination: Examination | None = None
     _facts: Facts | None = None
     _private: PrivateRay | None = None
@@ -122,15 +131,23 @@ class Service:
         """
         assert self._facts is not None  # `connect` comes first
         facts = self._facts
+        self._routers = Routers(
+            calls=self._running,
+            recipe=self,
+            progress=self.progress,
+            start_timeout_s=self.config.cluster.start_timeout_s,
+        )
         self._spawn(facts)
-        where = self._gather("prepare", self._groups | self._routers, "start the processes")
-        placement = self._plan(facts)
-        members = self._load(facts, placement, where)
-        addresses = self._open_ports(placement, members, where)
+        where = self._gather("prepare", self._groups | self._router_actors, "start the processes")
+        self._placement = self._plan(facts)
+        self._load(facts, where)
+        self._open_ports()
+        addresses = self._routers.addresses()
         for name, address in addresses.items():
             self.progress(f"{name} listens on {address}")
-            check_answers(address, self._left())
-        self._gather("join_group", self._routers, "exchange addresses", members, addresses)
+        self._gather("check", self._router_actors, "answer a request")
+        who = (self._members, addresses)
+        self._gather("join_group", self._router_actors, "exchange addresses", *who)
         self.is_ready = True
         return Ready(
             addresses=tuple(addresses.values()),
@@ -145,39 +162,88 @@ class Service:
         return self.config.model.served_model_name or path.rsplit("/", 1)[-1]
 
     def wait(self) -> str | None:
-        """Block until a process dies, and return what happened; None when all routers drained."""
-        cluster = self._running
-        references = {
-            name: actor.call("wait") for name, actor in (self._groups | self._routers).items()
-        }
-        while True:
-            name = cluster.first_finished(references)
-            if name is None:
-                continue
-            try:
-                cluster.result(name, references[name])
-            except ExpertMeshError as error:
-                return str(error)
-            if name not in self._routers:
-                return f"{name} stopped"
-            self._let_go(name)
-            del references[name]
-            if not self._routers:
-                return None
+        """Block until the service cannot go on, and return why; None when all routers drained.
 
-    def _let_go(self, name: str) -> None:
-        """End the process of a router that was drained; the others go on."""
-        router = self._routers.pop(name)
-        self._running.settle({name: router.call("stop")}, STOP_TIMEOUT_S)
-        self._running.kill(router)
-        self.progress(f"{name} was drained and left")
+        A router that dies starts again meanwhile.
+        """
+        cluster, routers = self._running, self._watched
+        groups = {name: actor.call("wait") for name, actor in self._groups.items()}
+        routers.watch()
+        while not routers.is_over:
+            name = cluster.first_finished(groups | routers.references())
+            if name in groups:
+                try:
+                    cluster.result(name, groups[name])
+                except ExpertMeshError as error:
+                    return str(error)
+                return f"{name} stopped"
+            if name is not None:
+                routers.finished(name)
+            routers.tick()
+        given_up = routers.given_up
+        return f"{', '.join(given_up)} died too often" if given_up else None
 
     def drain(self) -> int:
         """Take nothing new, finish what runs; return what is left after `shutdown_timeout_s`."""
         timeout_s = self.config.cluster.shutdown_timeout_s
-        references = {name: actor.call("drain", timeout_s) for name, actor in self._routers.items()}
-        left = self._running.gather(references, timeout_s + STOP_TIMEOUT_S, "drain the routers")
-        return sum(left.values())
+        pending = {r.router_id: r.actor.call("drain", timeout_s) for r in self._watched.up}
+        deadline = time.monotonic() + timeout_s + STOP_TIMEOUT_S
+        left = 0
+        while pending and time.monotonic() < deadline:
+            name = self._running.first_finished(pending)
+            if name is not None:
+                try:
+                    left += self._running.result(name, pending.pop(name), RouterLostError)
+                except RouterLostError as error:
+                    self.progress(f"not drained: {error}")
+        return left
+
+    # What `Routers` asks, to start a router again.
+
+    def spawn_router(self, router_id: str) -> Actor:
+        """Create the actor of a router, where its reservation is."""
+        from cluster.actors import RouterActor
+
+        cluster = self._running
+        index = self._watched.all[router_id].index
+        here = self._routers_here
+        bundle = None if here else (self._reservation, len(self._groups) + index)
+        node_id = cluster.own_node_id() if here else None
+        return cluster.spawn(
+            RouterActor, router_id, router_id, self.config, bundle=bundle, node_id=node_id
+        )
+
+    def call_load(self, router: Router) -> Any:
+        """Start loading a router's trunk."""
+        assert self._facts is not None
+        assert router.facts is not None
+        threads = self.config.router.threads or router.facts.cores
+        return router.actor.call("load", self._facts.dtype, self._facts.max_model_len, threads)
+
+    def call_start(self, router: Router) -> Any:
+        """Start opening a router's port: the one it had, or the configured one."""
+        assert router.facts is not None
+        host = self.config.router.host
+        advertised = host
+        if host.strip("[]") in WILDCARDS:
+            advertised = "127.0.0.1" if self._running.is_private else router.facts.address
+        here = [r for r in self._watched.all.values() if r.facts is not None]
+        start = RouterStart(
+            host=host,
+            port=router.port or router_port(self.config, router.index),
+            advertised_host=advertised,
+            model_name=self.model_name,
+            placement_json=self._placement.to_json() if self._placement else None,
+            groups=tuple(self._members),
+            num_routers_here=sum(r.facts.node_id == router.facts.node_id for r in here if r.facts),
+            num_kv_blocks=router.ready.num_kv_blocks if router.ready else None,
+        )
+        return router.actor.call("start", start)
+
+    def routers_changed(self) -> None:
+        """Tell the routers that are up who else serves; nobody waits for it."""
+        for router in self._watched.up:
+            router.actor.call("join_group", self._members, self._watched.addresses())
 
     def close(self) -> None:
         """End every process of the service. Never raises."""
@@ -185,7 +251,7 @@ class Service:
             self._examination.cancel()
         if self._cluster is not None:
             self._cluster.guard = nullcontext
-            for actors in (self._routers, self._groups):
+            for actors in (self._router_actors, self._groups):
                 references = {name: actor.call("stop") for name, actor in actors.items()}
                 self._cluster.settle(references, STOP_TIMEOUT_S)
             self._cluster.close()
@@ -212,7 +278,7 @@ class Service:
 
     def _spawn(self, facts: Facts) -> None:
         """Create all actors at once; Ray starts their processes in parallel."""
-        from cluster.actors import ExpertGroupActor, RouterActor
+        from cluster.actors import ExpertGroupActor
 
         cluster = self._running
         group_ids = list(parse_groups(self.config.experts.groups)) if facts.num_experts else []
@@ -225,28 +291,18 @@ class Service:
         cluster.refuse_taken_names([*group_ids, *router_ids])
         is_shared = any(GROUP_RESOURCE in node.resources for node in cluster.nodes())
         group_bundle = {"CPU": 1.0, **({GROUP_RESOURCE: 1.0} if is_shared else {})}
-        routers_here = not cluster.is_private and self.config.router.host not in WILDCARDS
         bundles = [group_bundle for _ in group_ids]
-        bundles += [] if routers_here else [{"CPU": 1.0} for _ in router_ids]
-        reservation = None
+        bundles += [] if self._routers_here else [{"CPU": 1.0} for _ in router_ids]
         if bundles:
             self._wait_notice(bundles)
-            reservation = cluster.reserve(bundles, self._left())
+            self._reservation = cluster.reserve(bundles, self._left())
         for index, group_id in enumerate(group_ids):
-            assert reservation is not None
             self._groups[group_id] = cluster.spawn(
-                ExpertGroupActor, group_id, group_id, self.config, bundle=(reservation, index)
+                ExpertGroupActor, group_id, group_id, self.config, bundle=(self._reservation, index)
             )
         for index, router_id in enumerate(router_ids):
-            bundle = (reservation, len(group_ids) + index) if reservation else None
-            self._routers[router_id] = cluster.spawn(
-                RouterActor,
-                router_id,
-                router_id,
-                self.config,
-                bundle=None if routers_here else bundle,
-                node_id=cluster.own_node_id() if routers_here else None,
-            )
+            self._watched.all[router_id] = router = Router(router_id, index)
+            router.actor = self.spawn_router(router_id)
 
     def _wait_notice(self, bundles: list[dict[str, float]]) -> None:
         """Say early when the cluster as it is cannot hold the service; it may still grow."""
@@ -260,10 +316,9 @@ class Service:
         capacities = parse_groups(self.config.experts.groups)
         return plan_placement(facts.num_layers, facts.num_experts, capacities)
 
-    def _load(
-        self, facts: Facts, placement: Placement | None, where: dict[str, ProcessFacts]
-    ) -> list[GroupMember]:
-        """Load experts and trunk in parallel; return the groups with their addresses."""
+    def _load(self, facts: Facts, where: dict[str, ProcessFacts]) -> None:
+        """Load experts and trunk in parallel; learn the groups' addresses."""
+        routers = self._watched.all
         cores = {process.node_id: process.cores for process in where.values()}
         threads = threads_per_group(
             self.config.experts.threads,
@@ -272,14 +327,14 @@ class Service:
         )
         calls: dict[str, Any] = {}
         for group_id, actor in self._groups.items():
-            assert placement is not None
+            assert self._placement is not None
             host = "127.0.0.1" if self._running.is_private else where[group_id].address
             calls[group_id] = actor.call(
-                "load", placement.to_json(), facts.dtype, threads[group_id], host
+                "load", self._placement.to_json(), facts.dtype, threads[group_id], host
             )
-        for router_id, actor in self._routers.items():
-            router_threads = self.config.router.threads or where[router_id].cores
-            calls[router_id] = actor.call("load", facts.dtype, facts.max_model_len, router_threads)
+        for router_id, router in routers.items():
+            router.facts = where[router_id]
+            calls[router_id] = self.call_load(router)
         started = time.monotonic()
         results = self._running.gather(
             calls,
@@ -288,7 +343,7 @@ class Service:
             lambda name, _: self.progress(f"{name} loaded in {time.monotonic() - started:.1f} s"),
         )
         capacities = parse_groups(self.config.experts.groups)
-        return [
+        self._members = [
             GroupMember(
                 group_id=group_id,
                 grpc_address=results[group_id],
@@ -299,41 +354,34 @@ class Service:
             for group_id in self._groups
         ]
 
-    def _open_ports(
-        self,
-        placement: Placement | None,
-        members: list[GroupMember],
-        where: dict[str, ProcessFacts],
-    ) -> dict[str, str]:
-        nodes = [where[router_id].node_id for router_id in self._routers]
-        calls = {
-            router_id: actor.call(
-                "start",
-                RouterStart(
-                    host=self.config.router.host,
-                    port=router_port(self.config, index),
-                    model_name=self.model_name,
-                    placement_json=placement.to_json() if placement else None,
-                    groups=tuple(members),
-                    num_routers_here=nodes.count(where[router_id].node_id),
-                ),
-            )
-            for index, (router_id, actor) in enumerate(self._routers.items())
-        }
-        bound = self._running.gather(calls, self._left(), "open the routers' ports")
-        addresses = {}
-        for router_id in self._routers:
-            host, _, port = bound[router_id].rpartition(":")
-            if host.strip("[]") in WILDCARDS:
-                host = "127.0.0.1" if self._running.is_private else where[router_id].address
-            addresses[router_id] = f"{host}:{port}"
-        return addresses
+    def _open_ports(self) -> None:
+        routers = self._watched.all
+        calls = {router_id: self.call_start(router) for router_id, router in routers.items()}
+        opened = self._running.gather(calls, self._left(), "open the routers' ports")
+        for router_id, router in routers.items():
+            router.ready = opened[router_id]
 
     def _gather(
         self, method: str, actors: dict[str, Actor], what: str, *args: Any
     ) -> dict[str, Any]:
         calls = {name: actor.call(method, *args) for name, actor in actors.items()}
         return self._running.gather(calls, self._left(), what)
+
+    @property
+    def _routers_here(self) -> bool:
+        """Whether the routers run on this node, outside any reservation: they bind its address."""
+        return not self._running.is_private and self.config.router.host not in WILDCARDS
+
+    @property
+    def _watched(self) -> Routers:
+        assert self._routers is not None  # `start` makes them first
+        return self._routers
+
+    @property
+    def _router_actors(self) -> dict[str, Actor]:
+        """The routers that have a process."""
+        routers = self._routers.all.values() if self._routers is not None else ()
+        return {router.router_id: router.actor for router in routers if router.actor is not None}
 
     @property
     def _running(self) -> RayCluster:
@@ -350,23 +398,3 @@ class Service:
         if left <= 0:
             raise DeadlineExceededError("the start", self.config.cluster.start_timeout_s)
         return left
-
-
-def check_answers(address: str, timeout_s: float) -> None:
-    """Ask a router for one token and wait for it: the whole path works, and is warm.
-
-    Raises:
-        ExpertMeshError: What the router answered.
-    """
-    request = generation_pb2.GenerateRequest(
-        tokens=generation_pb2.TokenIds(ids=[0]),
-        sampling=generation_pb2.Sampling(temperature=0.0),
-        stopping=generation_pb2.Stopping(max_tokens=1, ignore_eos=True),
-    )
-    with grpc.insecure_channel(address) as channel:
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        try:
-            for _ in stub.Generate(request, timeout=timeout_s, wait_for_ready=True):
-                pass
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error

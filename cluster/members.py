@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ class ProcessFacts:
     pid: int
     cores: int
     """Cores that this process may use."""
+    boot: str
+    """Drawn when the process starts: tells it from the one before it with the same name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,17 +40,34 @@ class RouterStart:
     host: str
     port: int
     """0: a free one."""
+    advertised_host: str
+    """Stands in the router's address, as clients and other routers reach it."""
     model_name: str
     placement_json: str | None
     """None in a dense model."""
     groups: tuple[GroupMember, ...]
     num_routers_here: int
     """Routers on this node; they share its memory."""
+    num_kv_blocks: int | None
+    """As many as the process before it had; None: as the memory allows."""
 
     @property
     def group_addresses(self) -> Mapping[str, str]:
         """group_id -> gRPC address."""
         return {member.group_id: member.grpc_address for member in self.groups}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterReady:
+    """What a router says when its port is open."""
+
+    address: str
+    num_kv_blocks: int
+
+
+def new_boot() -> str:
+    """Return a text that no other process has."""
+    return secrets.token_hex(8)
 
 
 def threads_per_group(

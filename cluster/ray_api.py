@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 80 << 20
 """The smallest that Ray takes without a warning; no tensor ever travels through it."""
 Guard = Callable[[], contextlib.AbstractContextManager[None]]
+Lost = Callable[[str, str], ExpertMeshError]
 WAIT_S = 0.2
 MAX_TMP_CHARS = 24
 GROUP_RESOURCE = "expert_group"
@@ -369,8 +370,13 @@ class RayCluster:
                 on_done(name, results[name])
         return results
 
-    def result(self, name: str, reference: Any) -> Any:
-        """Return a finished call's value, or raise its error as ours."""
+    def result(self, name: str, reference: Any, lost: Lost = GroupLostError) -> Any:
+        """Return a finished call's value, or raise its error as ours.
+
+        Raises:
+            ExpertMeshError: What the call raised.
+            GroupLostError: The process ended; or `lost`, made with name and detail.
+        """
         import ray
 
         try:
@@ -380,7 +386,7 @@ class RayCluster:
                 raise error.cause from error
             raise InternalError(f"{name}: {error}") from error
         except ray.exceptions.RayActorError as error:
-            raise GroupLostError(name, f"its process ended: {_first_line(str(error))}") from error
+            raise lost(name, f"its process ended: {_first_line(str(error))}") from error
 
     def settle(self, references: Mapping[str, Any], timeout_s: float) -> None:
         """Wait until these calls ended, well or not, but no longer than `timeout_s`."""
@@ -393,6 +399,9 @@ class RayCluster:
         """Return the name of a call that finished or failed, or None after `WAIT_S`."""
         import ray
 
+        if not references:
+            time.sleep(WAIT_S)
+            return None
         names = {reference: name for name, reference in references.items()}
         with self.guard():
             done, _ = ray.wait(list(names), num_returns=1, timeout=WAIT_S)

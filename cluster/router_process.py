@@ -25,7 +25,8 @@ from torch import Tensor
 from cluster.config import Config, EngineSection
 from cluster.hf_overrides import parse_hf_overrides
 from cluster.kv_budget import plan_kv_blocks
-from cluster.members import GroupMember, ProcessFacts, RouterStart
+from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart, new_boot
+from cluster.probe import check_answers
 from cluster.service import ClusterServicer
 from experts.native.kernels import Kernels, load_kernels
 from experts.placement import Placement
@@ -57,6 +58,7 @@ from router.model.weights import TrunkWeights, load_trunk
 log = logging.getLogger(__name__)
 
 DRAIN_POLL_S = 0.05
+CHECK_TIMEOUT_S = 60.0
 LEAVE_DELAY_S = 0.2
 """Between the answer to `Drain` and the end of the process, so that the answer gets out."""
 
@@ -87,6 +89,7 @@ class RouterProcess:
 
     def __init__(self, router_id: str, config: Config) -> None:
         self.router_id = router_id
+        self._boot = new_boot()
         self._config = config
         self._path = Path(config.model.checkpoint)
         self._state = "STARTING"
@@ -105,7 +108,9 @@ class RouterProcess:
     def facts(self, node_id: str, address: str) -> ProcessFacts:
         """Return where this process runs."""
         cores = len(os.sched_getaffinity(0))
-        return ProcessFacts(node_id=node_id, address=address, pid=os.getpid(), cores=cores)
+        return ProcessFacts(
+            node_id=node_id, address=address, pid=os.getpid(), cores=cores, boot=self._boot
+        )
 
     def load(self, dtype: str, max_model_len: int, threads: int) -> int:
         """Load the trunk.
@@ -138,8 +143,8 @@ class RouterProcess:
             self._gate = self._read_gate(checkpoint)
         return estimate_memory(self._model, self._dtype).trunk_bytes
 
-    def start(self, start: RouterStart) -> str:
-        """Connect to the groups, start the engine and open the port; return its address.
+    def start(self, start: RouterStart) -> RouterReady:
+        """Connect to the groups, start the engine and open the port.
 
         Raises:
             GroupLostError: A group cannot be reached.
@@ -155,7 +160,7 @@ class RouterProcess:
         delivery = LoopDelivery()
         engine = Engine(
             ServedDecoder(decoder, self._dispatcher),
-            self._engine_config(decoder, start.num_routers_here),
+            self._engine_config(decoder, start),
             deliver=delivery,
         )
         self._engine = engine
@@ -165,11 +170,20 @@ class RouterProcess:
             delivery,
         )
         engine.start()
-        self._address = self._gateway.start()
+        port = self._gateway.start().rpartition(":")[2]
+        self._address = f"{start.advertised_host}:{port}"
         self._state = "READY"
         self._routers = {self.router_id: self._address}
         log.info("router_ready router=%s address=%s", self.router_id, self._address)
-        return self._address
+        return RouterReady(address=self._address, num_kv_blocks=engine.config.num_blocks)
+
+    def check(self) -> None:
+        """Ask this router for a token, over its port.
+
+        Raises:
+            ExpertMeshError: What it answered.
+        """
+        check_answers(self._address, CHECK_TIMEOUT_S)
 
     def set_members(self, members: list[GroupMember], routers: dict[str, str]) -> None:
         """Learn who else serves."""
@@ -296,11 +310,11 @@ class RouterProcess:
             kernels=kernels,
         )
 
-    def _engine_config(self, decoder: Decoder, num_routers_here: int) -> EngineConfig:
+    def _engine_config(self, decoder: Decoder, start: RouterStart) -> EngineConfig:
         section: EngineSection = self._config.engine
         state_bytes = decoder.state_bytes_per_slot * section.max_num_seqs
-        free = psutil.virtual_memory().available / num_routers_here - state_bytes
-        num_blocks = plan_kv_blocks(
+        free = psutil.virtual_memory().available / start.num_routers_here - state_bytes
+        num_blocks = start.num_kv_blocks or plan_kv_blocks(
             section,
             block_bytes=decoder.kv_bytes_per_block(section.block_size),
             max_model_len=self._max_model_len,

@@ -27,6 +27,7 @@
     |  +- EngineStoppedError          UNAVAILABLE           ENGINE_STOPPED            after delay
     |  +- StateUnavailableError       UNAVAILABLE           STATE_UNAVAILABLE         after delay
     |  +- UnreachableError            UNAVAILABLE           UNREACHABLE               after delay
+    |  +- RouterLostError             UNAVAILABLE           ROUTER_LOST               after delay
     +- ExpertCallError
     |  +- StalePlacementError         FAILED_PRECONDITION   STALE_PLACEMENT           other copy
     |  +- WireFormatError             INVALID_ARGUMENT      WIRE_FORMAT               never
@@ -103,6 +104,7 @@ from protos.request_errors import (
     QueueFullError,
     RequestCancelledError,
     RequestError,
+    RouterLostError,
     ServiceUnavailableError,
     SessionBusyError,
     SessionExistsError,
@@ -148,6 +150,7 @@ __all__ = [
     "RequestError",
     "ResourceError",
     "Retry",
+    "RouterLostError",
     "ServiceUnavailableError",
     "SessionBusyError",
     "SessionExistsError",

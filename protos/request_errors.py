@@ -328,3 +328,20 @@ class UnreachableError(ServiceUnavailableError):
     def __init__(self, detail: str, retry_after_s: float = 0.2) -> None:
         super().__init__(f"not reachable: {detail}", detail=detail, retry_after_s=retry_after_s)
         self.retry_after_s = retry_after_s
+
+
+class RouterLostError(ServiceUnavailableError):
+    """The process of a router ended; another router takes over, and it starts again."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "ROUTER_LOST"
+
+    def __init__(self, router_id: str, detail: str = "", retry_after_s: float = 0.2) -> None:
+        text = f"router {router_id} is lost"
+        super().__init__(
+            f"{text}: {detail}" if detail else text,
+            router_id=router_id,
+            detail=detail,
+            retry_after_s=retry_after_s,
+        )
+        self.retry_after_s = retry_after_s

@@ -75,7 +75,7 @@ class Served:
         self.ready = self._process.stdout.readline().strip()
         watch.cancel()
         assert self.ready.startswith("ready grpc="), "".join(self.errors)
-        self._family = psutil.Process(self._process.pid).children(recursive=True)
+        self.note_processes()
         return self
 
     def __exit__(
@@ -113,6 +113,10 @@ class Served:
     def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Return the exit code."""
         return self._process.wait(timeout_s)
+
+    def note_processes(self) -> None:
+        """Remember the processes that run now, for `survivors`."""
+        self._family += psutil.Process(self._process.pid).children(recursive=True)
 
     def survivors(self, timeout_s: float = 10.0) -> list[str]:
         """Return what still runs of the processes that the service had, after a moment."""

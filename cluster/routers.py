@@ -1,0 +1,242 @@
+"""The routers of a running service: watched, and started again when one dies.
+
+A router's life is a row of calls into its actor, each of which ends a phase:
+
+    PREPARE (imports) -> LOAD (trunk) -> START (port) -> CHECK (one token) -> UP
+       ^                                                                      |
+       +--- WAITING (backoff) <--- its process died, or a call failed --------+---> GIVEN_UP
+                                                         it was drained: STOP +---> LEFT
+
+The service walks all routers to UP at its start; from then on this file walks those that died, one
+call at a time, while the others serve. Nothing here blocks: the owner waits for the references and
+says which one finished. A router comes back at its old address, so that clients find it again.
+
+Bounds: the first restart is at once, then after 1, 2, 4, 8 s; a router that `MAX_QUICK_DEATHS`
+times in a row did not stay up for `QUICK_S` is given up. The service ends when none is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from cluster.members import ProcessFacts, RouterReady
+from protos.errors import DeadlineExceededError, ExpertMeshError, RouterLostError
+
+log = logging.getLogger(__name__)
+
+QUICK_S = 5.0
+MAX_QUICK_DEATHS = 5
+FIRST_BACKOFF_S = 1.0
+
+
+class Phase(Enum):
+    """What a router is doing; the value is the actor's method that ends the phase."""
+
+    PREPARE = "prepare"
+    LOAD = "load"
+    START = "start"
+    CHECK = "check"
+    UP = "wait"
+    STOP = "stop"
+    WAITING = ""
+    GIVEN_UP = "gave up"
+    LEFT = "left"
+
+
+class Calls(Protocol):
+    """What this file needs of `RayCluster`."""
+
+    def result(self, name: str, reference: Any, lost: type[ExpertMeshError]) -> Any:
+        """Return a finished call's value, or raise its error; `lost` if its process ended."""
+        ...
+
+    def kill(self, actor: Any) -> None:
+        """End a process."""
+        ...
+
+
+class Recipe(Protocol):
+    """How the service makes a router; every method returns at once."""
+
+    def spawn_router(self, router_id: str) -> Any:
+        """Create the actor."""
+        ...
+
+    def call_load(self, router: Router) -> Any:
+        """Start loading the trunk; returns the reference."""
+        ...
+
+    def call_start(self, router: Router) -> Any:
+        """Start opening the port; returns the reference."""
+        ...
+
+    def routers_changed(self) -> None:
+        """Tell the routers that are up who else serves."""
+        ...
+
+
+@dataclass(slots=True)
+class Router:
+    """One router, through all its processes."""
+
+    router_id: str
+    index: int
+    actor: Any = None
+    facts: ProcessFacts | None = None
+    """Of the process that runs, or ran last."""
+    ready: RouterReady | None = None
+    """What it said when its port was open; kept over a restart."""
+    phase: Phase = Phase.PREPARE
+    pending: Any = None
+    """The reference that ends the phase."""
+    up_since: float = 0.0
+    quick_deaths: int = 0
+    retry_at: float = 0.0
+    deadline: float = float("inf")
+    """By when it must be up again."""
+
+    @property
+    def port(self) -> int | None:
+        """The port it had, or None before its first start."""
+        return int(self.ready.address.rpartition(":")[2]) if self.ready else None
+
+
+@dataclass(slots=True)
+class Routers:
+    """Watches over routers that are up.
+
+    Args:
+        calls: The seam to Ray.
+        recipe: The service.
+        progress: Takes a sentence for the user.
+        start_timeout_s: From spawning a router to its first token.
+        clock: Monotonic seconds.
+    """
+
+    calls: Calls
+    recipe: Recipe
+    progress: Callable[[str], None]
+    start_timeout_s: float
+    clock: Callable[[], float] = time.monotonic
+    all: dict[str, Router] = field(default_factory=dict)
+
+    @property
+    def up(self) -> list[Router]:
+        """The routers that serve."""
+        return [router for router in self.all.values() if router.phase is Phase.UP]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no router serves or ever will."""
+        return all(r.phase in (Phase.LEFT, Phase.GIVEN_UP) for r in self.all.values())
+
+    @property
+    def given_up(self) -> list[str]:
+        """The routers that die too often."""
+        return [r.router_id for r in self.all.values() if r.phase is Phase.GIVEN_UP]
+
+    def addresses(self) -> dict[str, str]:
+        """Return router_id -> address of all but those that left; some may be down."""
+        return {
+            router.router_id: router.ready.address
+            for router in self.all.values()
+            if router.ready is not None and router.phase is not Phase.LEFT
+        }
+
+    def watch(self) -> None:
+        """Begin: every router is up."""
+        for router in self.all.values():
+            self._enter_up(router)
+
+    def references(self) -> dict[str, Any]:
+        """Return router_id -> the reference to wait for."""
+        return {r.router_id: r.pending for r in self.all.values() if r.pending is not None}
+
+    def tick(self) -> None:
+        """Start the routers whose backoff is over, and end starts that take too long."""
+        now = self.clock()
+        for router in self.all.values():
+            if router.phase is Phase.WAITING and now >= router.retry_at:
+                router.phase, router.deadline = Phase.PREPARE, now + self.start_timeout_s
+                try:
+                    router.actor = self.recipe.spawn_router(router.router_id)
+                    router.pending = router.actor.call(Phase.PREPARE.value)
+                except ExpertMeshError as error:
+                    self._died(router, error)
+            elif now >= router.deadline:
+                self._died(router, DeadlineExceededError("the start", self.start_timeout_s))
+
+    def finished(self, router_id: str) -> None:
+        """Take the result of the reference of this router, which has finished or failed."""
+        router = self.all[router_id]
+        reference, router.pending = router.pending, None
+        try:
+            value = self.calls.result(router_id, reference, RouterLostError)
+        except ExpertMeshError as error:
+            if router.phase is not Phase.STOP:
+                self._died(router, error)
+                return
+            value = None
+        self._advance(router, value)
+
+    def _advance(self, router: Router, value: Any) -> None:
+        if router.phase is Phase.PREPARE:
+            router.facts = value
+            router.phase, router.pending = Phase.LOAD, self.recipe.call_load(router)
+        elif router.phase is Phase.LOAD:
+            router.phase, router.pending = Phase.START, self.recipe.call_start(router)
+        elif router.phase is Phase.START:
+            router.ready = value
+            router.phase, router.pending = Phase.CHECK, router.actor.call(Phase.CHECK.value)
+        elif router.phase is Phase.CHECK:
+            assert router.ready is not None  # START came before
+            self._enter_up(router)
+            self.progress(f"{router.router_id} is back at {router.ready.address}")
+            self.recipe.routers_changed()
+        elif router.phase is Phase.UP:
+            router.phase, router.pending = Phase.STOP, router.actor.call(Phase.STOP.value)
+        else:
+            router.phase = Phase.LEFT
+            self._end_process(router)
+            self.progress(f"{router.router_id} was drained and left")
+            self.recipe.routers_changed()
+
+    def _enter_up(self, router: Router) -> None:
+        router.phase, router.up_since, router.deadline = Phase.UP, self.clock(), float("inf")
+        router.pending = router.actor.call(Phase.UP.value)
+
+    def _died(self, router: Router, error: ExpertMeshError) -> None:
+        """Note a death, or a start that failed, and plan what comes next."""
+        was_up = router.phase is Phase.UP
+        self._end_process(router)
+        if was_up and self.clock() - router.up_since >= QUICK_S:
+            router.quick_deaths = 0
+        else:
+            router.quick_deaths += 1
+        log.warning("router_died router=%s phase=%s", router.router_id, router.phase.name)
+        what = "died" if was_up else "did not come back"
+        if router.quick_deaths >= MAX_QUICK_DEATHS:
+            router.phase = Phase.GIVEN_UP
+            next_step = f"{MAX_QUICK_DEATHS} times in a row; it is given up"
+        else:
+            router.phase = Phase.WAITING
+            delay_s = backoff_s(router.quick_deaths)
+            router.retry_at = self.clock() + delay_s
+            next_step = f"it starts again {f'in {delay_s:g} s' if delay_s else 'now'}"
+        self.progress(f"{router.router_id} {what} ({error.message}); {next_step}")
+
+    def _end_process(self, router: Router) -> None:
+        router.pending, router.deadline = None, float("inf")
+        if router.actor is not None:
+            self.calls.kill(router.actor)
+            router.actor = None
+
+
+def backoff_s(quick_deaths: int) -> float:
+    """Return the seconds before the next start, after so many quick deaths in a row."""
+    return 0.0 if quick_deaths <= 1 else FIRST_BACKOFF_S * 2.0 ** (quick_deaths - 2)

@@ -1,0 +1,228 @@
+"""The life of routers that die, with calls that end when the test says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from cluster.members import ProcessFacts, RouterReady
+from cluster.routers import (
+    FIRST_BACKOFF_S,
+    MAX_QUICK_DEATHS,
+    QUICK_S,
+    Phase,
+    Router,
+    Routers,
+    backoff_s,
+)
+from protos.errors import ConfigurationError, ExpertMeshError, RouterLostError
+
+START_TIMEOUT_S = 60.0
+FACTS = ProcessFacts(node_id="n", address="10.0.0.1", pid=1, cores=2, boot="b")
+RESULTS = {
+    "prepare": FACTS,
+    "load": 1,
+    "start": RouterReady(address="10.0.0.1:50051", num_kv_blocks=8),
+    "check": None,
+    "stop": None,
+}
+
+
+@dataclass
+class Call:
+    """What an actor was asked for."""
+
+    router_id: str
+    method: str
+
+
+@dataclass
+class World:
+    """Ray, the service and time, as far as `Routers` sees them."""
+
+    now: float = 100.0
+    said: list[str] = field(default_factory=list)
+    killed: list[str] = field(default_factory=list)
+    num_spawned: int = 0
+    num_told: int = 0
+    ports: list[int | None] = field(default_factory=list)
+    spawn_error: ExpertMeshError | None = None
+    errors: dict[str, ExpertMeshError] = field(default_factory=dict)
+    """Method -> what its next call raises."""
+
+    def result(self, name: str, reference: Call, lost: type[ExpertMeshError]) -> Any:
+        assert name == reference.router_id
+        if reference.method in self.errors:
+            raise self.errors.pop(reference.method)
+        return RESULTS.get(reference.method)
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor.router_id)
+
+    def spawn_router(self, router_id: str) -> Any:
+        if self.spawn_error is not None:
+            raise self.spawn_error
+        self.num_spawned += 1
+        return FakeActor(router_id)
+
+    def call_load(self, router: Router) -> Any:
+        assert router.facts is FACTS
+        return Call(router.router_id, "load")
+
+    def call_start(self, router: Router) -> Any:
+        self.ports.append(router.port)
+        return Call(router.router_id, "start")
+
+    def routers_changed(self) -> None:
+        self.num_told += 1
+
+
+@dataclass
+class FakeActor:
+    router_id: str
+
+    def call(self, method: str) -> Call:
+        return Call(self.router_id, method)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def routers(world: World) -> Routers:
+    made = Routers(world, world, world.said.append, START_TIMEOUT_S, clock=lambda: world.now)
+    for index in range(2):
+        router_id = f"router-{index}"
+        made.all[router_id] = Router(router_id, index, FakeActor(router_id), FACTS)
+        made.all[router_id].ready = RESULTS["start"]  # type: ignore[assignment]
+    made.watch()
+    return made
+
+
+def die(world: World, routers: Routers, router_id: str = "router-0") -> None:
+    router = routers.all[router_id]
+    world.errors[router.phase.value] = RouterLostError(router_id, "its process ended")
+    routers.finished(router_id)
+
+
+def run_to_up(routers: Routers, router_id: str = "router-0") -> None:
+    routers.tick()
+    for phase in (Phase.PREPARE, Phase.LOAD, Phase.START, Phase.CHECK):
+        assert routers.all[router_id].phase is phase
+        routers.finished(router_id)
+    assert routers.all[router_id].phase is Phase.UP
+
+
+def test_a_dead_router_walks_back_to_its_port_and_all_are_told(
+    world: World, routers: Routers
+) -> None:
+    world.now += QUICK_S
+    die(world, routers)
+    assert world.killed == ["router-0"]
+    assert [r.router_id for r in routers.up] == ["router-1"]
+    assert routers.addresses().keys() == {"router-0", "router-1"}, "it comes back there"
+    run_to_up(routers)
+    assert world.ports == [50051]
+    assert world.num_told == 1
+    assert len(routers.up) == 2
+    assert world.said == [
+        "router-0 died (router router-0 is lost: its process ended); it starts again now",
+        "router-0 is back at 10.0.0.1:50051",
+    ]
+
+
+def test_the_first_restart_is_at_once_and_then_the_waits_double(
+    world: World, routers: Routers
+) -> None:
+    for deaths in range(1, MAX_QUICK_DEATHS):
+        die(world, routers)
+        delay_s = backoff_s(deaths)
+        assert delay_s == (0.0 if deaths == 1 else FIRST_BACKOFF_S * 2 ** (deaths - 2))
+        world.now += delay_s * 0.99
+        routers.tick()
+        assert (world.num_spawned == deaths) == (delay_s == 0), "not before its time"
+        world.now += delay_s * 0.02
+        if delay_s:
+            run_to_up(routers)
+        else:
+            for _ in range(4):
+                routers.finished("router-0")
+    die(world, routers)
+    assert routers.given_up == ["router-0"]
+    assert "5 times in a row; it is given up" in world.said[-1]
+    assert not routers.is_over, "the other one serves"
+    world.now += 1e6
+    routers.tick()
+    assert world.num_spawned == MAX_QUICK_DEATHS - 1
+
+
+def test_a_router_that_stays_up_starts_over_with_its_patience(
+    world: World, routers: Routers
+) -> None:
+    for _ in range(3 * MAX_QUICK_DEATHS):
+        world.now += QUICK_S
+        die(world, routers)
+        run_to_up(routers)
+    assert routers.given_up == []
+
+
+@pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.LOAD, Phase.START, Phase.CHECK])
+def test_a_start_that_fails_counts_as_a_quick_death(
+    world: World, routers: Routers, phase: Phase
+) -> None:
+    world.now += QUICK_S
+    die(world, routers)
+    routers.tick()
+    while routers.all["router-0"].phase is not phase:
+        routers.finished("router-0")
+    world.errors[phase.value] = ConfigurationError("port", "must be free", 50051)
+    routers.finished("router-0")
+    assert routers.all["router-0"].quick_deaths == 1
+    assert "router-0 did not come back" in world.said[-1]
+    assert "must be free" in world.said[-1]
+    assert world.killed == ["router-0", "router-0"]
+    run_to_up(routers)
+
+
+def test_a_name_that_is_not_free_yet_is_tried_again(world: World, routers: Routers) -> None:
+    die(world, routers)
+    world.spawn_error = ConfigurationError("cluster.namespace", "is in use", "x")
+    routers.tick()
+    assert routers.all["router-0"].phase is Phase.WAITING
+    world.spawn_error = None
+    world.now += backoff_s(2)
+    run_to_up(routers)
+
+
+def test_a_start_that_hangs_is_ended(world: World, routers: Routers) -> None:
+    world.now += QUICK_S
+    die(world, routers)
+    routers.tick()
+    routers.finished("router-0")
+    world.now += START_TIMEOUT_S * 0.99
+    routers.tick()
+    assert routers.all["router-0"].phase is Phase.LOAD
+    world.now += START_TIMEOUT_S * 0.02
+    routers.tick()
+    assert routers.all["router-0"].phase is Phase.WAITING
+    assert "the start" in world.said[-1]
+    assert "router-0" not in routers.references()
+
+
+def test_a_drained_router_stops_and_leaves(world: World, routers: Routers) -> None:
+    routers.finished("router-0")
+    assert routers.all["router-0"].phase is Phase.STOP
+    assert not world.killed, "it closes its port first"
+    routers.finished("router-0")
+    assert world.killed == ["router-0"]
+    assert routers.addresses().keys() == {"router-1"}
+    assert world.num_told == 1
+    assert world.said == ["router-0 was drained and left"]
+    routers.finished("router-1")
+    die(world, routers, "router-1")  # while it stops: it leaves all the same
+    assert routers.is_over
+    assert routers.given_up == []
