@@ -156,7 +156,7 @@ def choose(
 
 def warm_set(hashes: Iterable[bytes]) -> bytes:
     """Return the warm set of a heartbeat: the first `MAX_WARM` hashes, newest first."""
-    kept = []
+    kept: list[bytes] = []
     for position_hash in hashes:
         if len(kept) == MAX_WARM:
             break
