@@ -2,10 +2,15 @@
 
 A Python gRPC stream costs 0.3 to 0.45 ms a round trip, this 0.05 to 0.1. Callers on this host get a
 Unix socket in a directory of mode 0700, others TCP. A connection starts with a HELLO that carries a
-token from `OpenLane` (one use, 30 s); then every FORWARD is answered by a RESULT or, if only that
-call failed, by an ERROR with its call id. A frame that cannot be trusted (wrong magic, version,
-size; too large) is answered by an ERROR and the connection is closed, since where the next frame
-starts is unknown.
+token from `OpenLane` (one use, 30 s; the greeting has 10 s altogether); then every FORWARD is
+answered by a RESULT or, if only that call failed, by an ERROR with its call id. A frame that cannot
+be trusted (wrong magic, version, size; too large) is answered by an ERROR and the connection is
+closed, since where the next frame starts is unknown.
+
+A lane is not encrypted. The Unix socket has mode 0600 in its directory of mode 0700, so the kernel
+keeps other users off it; a group whose gRPC port demands TLS opens no TCP lane at all, and callers
+on other hosts use their gRPC stream. A stranger who connects and is silent holds one of 64 places
+until its time is over or a newer connection needs the place.
 
 The thread never copies a payload: it receives into one growing buffer, kernels read views of it,
 and header and result go out in one `sendmsg`. Ordinary forwards of a group that computes natively
@@ -15,6 +20,7 @@ are answered without the interpreter (`express.py`); the rest comes back here.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import logging
 import os
 import secrets
@@ -46,6 +52,7 @@ from protos.errors import (
     InternalError,
     InvalidFieldError,
     MessageTooLargeError,
+    UnsupportedFeatureError,
     WireFormatError,
 )
 
@@ -53,7 +60,13 @@ log = logging.getLogger(__name__)
 
 TOKEN_BYTES = 32
 TOKEN_LIFE_S = 30.0
+MAX_TOKENS = 1024
+"""Tokens that wait for their connection; the oldest makes room."""
 HELLO_TIMEOUT_S = 10.0
+"""For the whole greeting, however its bytes come."""
+MAX_UNGREETED = 64
+"""Connections that have not said hello; a valid one takes a millisecond, so the oldest is closed to
+make room."""
 MAX_UNIX_PATH_BYTES = 100
 """Below the 108 of `sockaddr_un`."""
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
@@ -77,6 +90,7 @@ class LaneServer:
         *,
         host: str,
         host_id: str,
+        with_tcp: bool = True,
         max_frame_bytes: int = MAX_FRAME_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,8 +100,9 @@ class LaneServer:
             runtime: Answers the forwards.
             host: Address to bind TCP on, as other hosts reach it.
             host_id: Callers with the same one share our file system.
+            with_tcp: Whether callers on other hosts get a lane, which is not encrypted.
             max_frame_bytes: Bound of a frame, header included.
-            clock: Seconds; for the age of tokens.
+            clock: Seconds; for the age of tokens and greetings.
         """
         self.max_frame_bytes = max_frame_bytes
         self._runtime = runtime
@@ -96,6 +111,8 @@ class LaneServer:
         self._lock = threading.Lock()
         self._tokens: dict[bytes, float] = {}
         self._lanes: dict[socket.socket, threading.Thread] = {}
+        self._ungreeted: dict[socket.socket, None] = {}
+        """In the order in which they came."""
         self._num_open = 0
         self._stopping = False
         self._directory = _short_private_directory()
@@ -105,15 +122,12 @@ class LaneServer:
             unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._listeners.append(unix)
             unix.bind(self.unix_path)
+            os.chmod(self.unix_path, 0o600)
             unix.listen(64)
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            tcp = socket.create_server((host, 0), family=family, backlog=64)
-            self._listeners.append(tcp)
+            self.tcp_address = self._listen_on_tcp(host) if with_tcp else None
         except BaseException:
             self._close_listeners()
             raise
-        bound_host = f"[{host}]" if ":" in host else host
-        self.tcp_address = f"{bound_host}:{tcp.getsockname()[1]}"
         self._acceptors = [
             threading.Thread(target=self._accept, args=(listener,), name="lane-accept", daemon=True)
             for listener in self._listeners
@@ -131,15 +145,22 @@ class LaneServer:
 
         Raises:
             InvalidFieldError: The caller speaks another frame version.
+            UnsupportedFeatureError: The caller is on another host, and there is no TCP lane.
         """
         if version != FRAME_VERSION:
             raise InvalidFieldError("version", f"must be {FRAME_VERSION}", version)
+        is_here = bool(host_id) and host_id == self._host_id
+        if not is_here and self.tcp_address is None:
+            raise UnsupportedFeatureError(
+                "a lane between hosts: this group demands TLS, and lanes are not encrypted"
+            )
         token = secrets.token_bytes(TOKEN_BYTES)
         now_s = self._clock()
         with self._lock:
-            self._tokens = {t: until for t, until in self._tokens.items() if until > now_s}
+            kept = [(t, until) for t, until in self._tokens.items() if until > now_s]
+            self._tokens = dict(kept[-(MAX_TOKENS - 1) :])
             self._tokens[token] = now_s + TOKEN_LIFE_S
-        if host_id and host_id == self._host_id:
+        if is_here:
             return LaneOffer(token, self.unix_path, None)
         return LaneOffer(token, None, self.tcp_address)
 
@@ -156,6 +177,13 @@ class LaneServer:
         self._close_listeners()
         for thread in [*self._acceptors, *lanes.values()]:
             thread.join()
+
+    def _listen_on_tcp(self, host: str) -> str:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        tcp = socket.create_server((host, 0), family=family, backlog=64)
+        self._listeners.append(tcp)
+        bound_host = f"[{host}]" if ":" in host else host
+        return f"{bound_host}:{tcp.getsockname()[1]}"
 
     def _close_listeners(self) -> None:
         for listener in self._listeners:
@@ -178,7 +206,17 @@ class LaneServer:
                     sock.close()
                     return
                 self._lanes[sock] = thread
+                if len(self._ungreeted) >= MAX_UNGREETED:
+                    self._turn_away(next(iter(self._ungreeted)))
+                self._ungreeted[sock] = None
             thread.start()
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        """End a connection that has not greeted; its thread notices. Called under the lock."""
+        del self._ungreeted[sock]
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        log.warning("event=lane_crowded group=%s", self._runtime.group_id)
 
     def _serve(self, sock: socket.socket) -> None:
         """Answer one connection until it ends; nothing outlives it."""
@@ -200,31 +238,60 @@ class LaneServer:
             log.exception("event=lane_failed group=%s", self._runtime.group_id)
         finally:
             with self._lock:
+                self._ungreeted.pop(sock, None)
                 self._lanes.pop(sock, None)
 
     def _greet(self, sock: socket.socket) -> bool:
         """Return whether the connection started with a token of ours."""
-        sock.settimeout(HELLO_TIMEOUT_S)
+        end_s = self._clock() + HELLO_TIMEOUT_S
         head = bytearray(HEADER_BYTES)
-        if not _receive(sock, memoryview(head)):
+        if not self._receive_by(sock, memoryview(head), end_s):
             return False
         try:
             header = unpack_header(head, max_payload_bytes=TOKEN_BYTES)
             if header.kind is not FrameKind.HELLO:
                 raise WireFormatError("a lane starts with a hello")
             token = bytearray(header.payload_bytes)
-            if not _receive(sock, memoryview(token)):
+            if not self._receive_by(sock, memoryview(token), end_s):
                 return False
-            with self._lock:
-                until_s = self._tokens.pop(bytes(token), None)
-            if until_s is None or until_s <= self._clock():
+            if not self._take(bytes(token)):
                 raise WireFormatError("the lane token is unknown, used or expired")
         except ExpertMeshError as error:
             _send_error(sock, 0, error)
             return False
+        with self._lock:
+            self._ungreeted.pop(sock, None)
         sock.sendall(pack_header(hello_header(FrameKind.HELLO_ANSWER)))
         sock.settimeout(None)
         return True
+
+    def _receive_by(self, sock: socket.socket, view: memoryview, end_s: float) -> bool:
+        """Fill the view; False if the peer closed first or time was up.
+
+        A timeout of the socket alone would bound each part, and a peer may send byte by byte.
+        """
+        got = 0
+        while got < len(view):
+            left_s = end_s - self._clock()
+            if left_s <= 0:
+                return False
+            sock.settimeout(left_s)
+            try:
+                more = sock.recv_into(view[got:])
+            except TimeoutError:
+                return False
+            if more == 0:
+                return False
+            got += more
+        return True
+
+    def _take(self, token: bytes) -> bool:
+        """Use up a token; whether it was valid. The time taken says nothing of other tokens."""
+        now_s = self._clock()
+        with self._lock:
+            found = [known for known in self._tokens if hmac.compare_digest(known, token)]
+            ends_s = [self._tokens.pop(known) for known in found]
+        return any(end_s > now_s for end_s in ends_s)
 
     def _answer_calls(self, sock: socket.socket) -> None:
         """Answer forwards until the peer closes or sends what cannot be trusted."""

@@ -49,6 +49,7 @@ from protos.errors import (
     ResourceError,
 )
 from protos.ids import check_id, host_id
+from protos.tls import ServerTls
 from protos.v1 import experts_pb2
 
 log = logging.getLogger(__name__)
@@ -211,12 +212,15 @@ class _Answers:
 class ExpertServer:
     """A running gRPC server with its lanes; `address` is `host:port`."""
 
-    def __init__(self, runtime: ExpertRuntime, host: str, port: int) -> None:
+    def __init__(
+        self, runtime: ExpertRuntime, host: str, port: int, tls: ServerTls | None = None
+    ) -> None:
         self._runtime = runtime
+        self._tls = tls
         self._host = host
         self._port = port
         try:
-            self._lanes = LaneServer(runtime, host=host, host_id=host_id())
+            self._lanes = LaneServer(runtime, host=host, host_id=host_id(), with_tcp=tls is None)
         except OSError as error:
             raise ResourceError("addresses", host, "none", f"cannot bind: {error}") from error
         self._workers = ThreadPoolExecutor(MAX_CONCURRENT_RPCS, thread_name_prefix="rpc")
@@ -256,7 +260,11 @@ class ExpertServer:
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         bound_host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            port = server.add_insecure_port(f"{bound_host}:{self._port}")
+            address = f"{bound_host}:{self._port}"
+            if self._tls is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, self._tls.credentials())
         except RuntimeError as error:
             raise ResourceError(
                 "addresses", f"{bound_host}:{self._port}", "none", f"cannot bind: {error}"
@@ -275,18 +283,21 @@ def _publish(servicer: health.HealthServicer, state: GroupState) -> None:
         servicer.set(name, answer)
 
 
-def start_expert_server(runtime: ExpertRuntime, host: str, port: int = 0) -> ExpertServer:
+def start_expert_server(
+    runtime: ExpertRuntime, host: str, port: int = 0, tls: ServerTls | None = None
+) -> ExpertServer:
     """Serve a group: state and health at once, forwards when it is READY.
 
     Args:
         runtime: The group; may be loaded before or after.
         host: Address to bind, as routers reach it.
         port: 0 takes a free one, see `ExpertServer.address`.
+        tls: Demanded of every caller; then lanes are for callers on this host only.
 
     Raises:
         ResourceError: The address cannot be bound.
     """
-    return ExpertServer(runtime, host, port)
+    return ExpertServer(runtime, host, port, tls)
 
 
 def _handlers(servicer: ExpertServicer) -> grpc.GenericRpcHandler:

@@ -30,11 +30,14 @@ from experts.native.kernels import Kernels
 from experts.placement import Placement
 from protos import codec
 from protos.errors import (
+    ConfigurationError,
     GroupLostError,
     StalePlacementError,
+    UnsupportedFeatureError,
     WireFormatError,
     from_status_bytes,
 )
+from protos.tls import Access
 from router.gating.choice import first_copies
 from router.gating.packing import CallOptions, NativePacking, PackedCall, Packing, TorchPacking
 from router.gating.transport.base import FrameBuffer, Transport
@@ -121,16 +124,20 @@ class ExpertDispatcher:
         combine: codec.Combine = codec.Combine.SLOTS,
         kernels: Kernels | None = None,
         timeout_s: float = DISPATCH_TIMEOUT_S,
+        access: Access | None = None,
     ) -> ExpertDispatcher:
         """Open a transport to every group of the placement.
 
         Args:
             group_addresses: group_id -> `host:port` of the group's gRPC server.
             transport: `lane`, `grpc`, or `auto`: a lane, or a gRPC stream to a group that answers
-                gRPC only (its lane port is behind a firewall, say).
+                gRPC only (its lane port is behind a firewall, say, or it demands TLS and is on
+                another host, where a lane would carry plain tensors).
+            access: TLS towards the groups; None: plain.
 
         Raises:
             GroupLostError: A group cannot be reached.
+            ConfigurationError: `lane` to a group on another host that demands TLS.
         """
         options = CallOptions(
             hidden=hidden,
@@ -142,10 +149,11 @@ class ExpertDispatcher:
         )
         transports: list[Transport] = []
         channels: list[grpc.Channel] = []
+        access = access or Access()
         for group_id in placement.groups:
-            channel = grpc.insecure_channel(
+            channel = access.channel(
                 group_addresses[group_id],
-                options=[
+                [
                     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ],
@@ -167,6 +175,13 @@ class ExpertDispatcher:
                         opened.close()
                     for made in transports:
                         made.close()
+                    if isinstance(error.__cause__, UnsupportedFeatureError):
+                        raise ConfigurationError(
+                            "experts.transport",
+                            f"must be auto or grpc: group {group_id} demands TLS and is on another"
+                            " host, where a lane would carry plain tensors",
+                            transport,
+                        ) from error
                     raise
         return cls(placement, transports, options, kernels, timeout_s, channels)
 

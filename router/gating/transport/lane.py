@@ -1,8 +1,9 @@
 """The lane: frames on a plain socket, opened and authenticated through `ExpertService.OpenLane`.
 
-A Unix socket when router and group share a host, TCP otherwise. The dispatcher may drive several
-lanes in one native call through `fileno`; `send` and `receive` are the same thing in Python for one
-lane.
+A Unix socket when router and group share a host, TCP otherwise. Neither is encrypted: a group with
+TLS refuses lanes to other hosts, and `OpenLane` itself goes over its TLS channel. The dispatcher
+may drive several lanes in one native call through `fileno`; `send` and `receive` are the same thing
+in Python for one lane.
 """
 
 from __future__ import annotations
@@ -65,9 +66,8 @@ class LaneTransport:
                 request, timeout=self._connect_timeout_s, wait_for_ready=True
             )
         except grpc.RpcError as error:
-            raise GroupLostError(
-                group_id=self.group_id, detail=f"OpenLane: {from_rpc_error(error)}"
-            ) from error
+            refusal = from_rpc_error(error)
+            raise GroupLostError(group_id=self.group_id, detail=f"OpenLane: {refusal}") from refusal
         left_s = max(0.1, end - time.monotonic())
         lane: socket.socket | None = None
         try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import os
 import socket
 import stat
+import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 import torch
 
 from experts import lane as lane_module
-from experts.lane import TOKEN_LIFE_S, LaneServer
+from experts.lane import HELLO_TIMEOUT_S, TOKEN_LIFE_S, LaneServer
 from experts.runtime import ExpertRuntime
 from protos.codec import FrameHeader, FrameKind, hello_header, pack_header
 from protos.errors import (
@@ -21,6 +24,7 @@ from protos.errors import (
     InvalidFieldError,
     MessageTooLargeError,
     StalePlacementError,
+    UnsupportedFeatureError,
     WireFormatError,
 )
 from tests.eventually import eventually
@@ -231,6 +235,7 @@ def test_the_socket_is_private_and_removed(runtime: ExpertRuntime) -> None:
     lanes = LaneServer(runtime, host="127.0.0.1", host_id=HERE)
     directory = Path(lanes.unix_path).parent
     assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
+    assert stat.S_IMODE(os.stat(lanes.unix_path).st_mode) == 0o600
     assert len(lanes.unix_path) <= 100
     lanes.stop()
     assert not directory.exists()
@@ -246,6 +251,65 @@ def test_a_long_temporary_directory_does_not_make_a_long_socket_path(
     lanes = LaneServer(runtime, host="127.0.0.1", host_id=HERE)
     assert len(lanes.unix_path) <= 100
     lanes.stop()
+
+
+def test_without_tcp_there_are_lanes_on_this_host_only(runtime: ExpertRuntime) -> None:
+    lanes = LaneServer(runtime, host="127.0.0.1", host_id=HERE, with_tcp=False)
+    assert lanes.tcp_address is None
+    open_lane(lanes.offer(version=1, host_id=HERE)).close()
+    for host_id in ("elsewhere", ""):
+        with pytest.raises(UnsupportedFeatureError, match="between hosts: this group demands TLS"):
+            lanes.offer(version=1, host_id=host_id)
+    lanes.stop()
+
+
+def test_the_oldest_silent_connection_makes_room(
+    lanes: LaneServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_module, "MAX_UNGREETED", 3)
+    offers = [lanes.offer(version=1, host_id="elsewhere") for _ in range(6)]
+    talking = open_lane(offers[0])
+    silent = [connect(offer) for offer in offers[1:]]  # two more than there are places
+    for sock in silent[:2]:
+        with pytest.raises((EOFError, ConnectionError)):
+            exactly(sock, 1)
+    eventually(lambda: lane_threads() == 4)
+    greet(silent[-1], offers[-1].token)
+    assert ask(talking, *forward_call())[0].kind is FrameKind.RESULT
+    for sock in (talking, *silent):
+        sock.close()
+    eventually(lambda: lane_threads() == 0)
+
+
+def test_a_greeting_byte_by_byte_has_one_bound(lanes: LaneServer, clock: Clock) -> None:
+    offer = lanes.offer(version=1, host_id=HERE)
+    frame = pack_header(hello_header(FrameKind.HELLO, len(offer.token))) + offer.token
+    with connect(offer) as sock:
+        sock.sendall(frame[:1])
+        eventually(lambda: unread_bytes(sock) == 0)
+        clock.now_s += HELLO_TIMEOUT_S + 1
+        sock.sendall(frame[1:2])
+        with pytest.raises(EOFError):
+            exactly(sock, 1)
+    eventually(lambda: lane_threads() == 0)
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """What the peer of a Unix socket has not received yet."""
+    count = array.array("i", [0])
+    fcntl.ioctl(sock, termios.TIOCOUTQ, count)
+    return count[0]
+
+
+def test_tokens_that_nobody_uses_are_bounded(
+    lanes: LaneServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_module, "MAX_TOKENS", 2)
+    first, second, third = (lanes.offer(version=1, host_id=HERE) for _ in range(3))
+    with connect(first) as sock, pytest.raises(WireFormatError, match="unknown"):
+        greet(sock, first.token)
+    for offer in (second, third):
+        open_lane(offer).close()
 
 
 def test_stop_ends_open_lanes(runtime: ExpertRuntime) -> None:
