@@ -38,7 +38,8 @@ from router.engine.engine import Engine, EngineConfig
 from router.gateway.defaults import SamplingDefaults
 from router.gateway.delivery import LoopDelivery
 from router.gateway.gating import GatingServicer
-from router.gateway.generation import GenerationServicer, ServedModel
+from router.gateway.generation import GenerationServicer
+from router.gateway.request_reader import ServedModel
 from router.gateway.server import (
     GatewayOptions,
     GatewayThread,

@@ -12,12 +12,19 @@ from protos.errors import InvalidFieldError
 
 MAX_ID_CHARS = 128
 _ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}\Z")
+_SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
+_SESSION_ID_RULE = f"must be 1 to {MAX_ID_CHARS} characters of A-Z a-z 0-9 . _ : -"
 _ID_RULE = f"must be 1 to {MAX_ID_CHARS} characters of A-Z a-z 0-9 . _ : / -"
 
 
 def new_request_id() -> str:
     """Return an id for a request whose client chose none."""
     return f"req-{uuid.uuid4().hex}"
+
+
+def new_session_id() -> str:
+    """Return an id for a session whose client chose none."""
+    return f"session-{uuid.uuid4().hex}"
 
 
 def new_router_id() -> str:
@@ -44,6 +51,16 @@ def check_id(text: str, *, field: str) -> str:
 def id_rule() -> str:
     """Return the rule that `check_id` applies, for lists of violations."""
     return _ID_RULE
+
+
+def is_valid_session_id(text: str) -> bool:
+    """Return whether `text` may name a session; `/` stands between tenant and session."""
+    return _SESSION_ID.match(text) is not None
+
+
+def session_id_rule() -> str:
+    """Return the rule that `is_valid_session_id` applies."""
+    return _SESSION_ID_RULE
 
 
 def host_id() -> str:

@@ -15,10 +15,9 @@ from typing import Any
 from protos.errors import (
     InvalidFieldError,
     UnknownModelError,
-    UnsupportedFeatureError,
     Violation,
 )
-from protos.ids import id_rule, is_valid_id
+from protos.ids import id_rule, is_valid_id, is_valid_session_id, session_id_rule
 from protos.v1 import generation_pb2
 
 MAX_N = 128
@@ -62,18 +61,19 @@ def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLi
 
     Raises:
         UnknownModelError: It names another model.
-        UnsupportedFeatureError: It asks for a session or a resume.
         InvalidFieldError: With every violation.
     """
     check_model(request.model, limits.model)
-    if request.session_id:
-        raise UnsupportedFeatureError("session_id")
-    if request.HasField("resume_from"):
-        raise UnsupportedFeatureError("resume_from")
     found: list[Violation] = []
     if request.request_id and not is_valid_id(request.request_id):
         found.append(Violation("request_id", id_rule(), request.request_id))
-    found += _input_violations(request, limits)
+    if request.session_id and not is_valid_session_id(request.session_id):
+        found.append(Violation("session_id", session_id_rule(), request.session_id))
+    is_resumed = request.HasField("resume_from")
+    if request.session_id or is_resumed:
+        found += _resumable_violations(request, limits)
+    if not (request.session_id and is_resumed and request.WhichOneof("input") is None):
+        found += _input_violations(request, limits)
     found += sampling_violations(request.sampling, limits)
     found += stopping_violations(request.stopping, limits)
     found += output_violations(request.output)
@@ -114,6 +114,30 @@ def raise_violations(found: Sequence[Violation]) -> None:
     """Raise one `InvalidFieldError` when anything was found."""
     if found:
         raise InvalidFieldError(violations=found)
+
+
+def _resumable_violations(
+    request: generation_pb2.GenerateRequest, limits: RequestLimits
+) -> list[Violation]:
+    """Return what is wrong with a session's turn, or with a stream that is resumed."""
+    found: list[Violation] = []
+    if request.sampling.n > 1:
+        rule = "must be 1 with session_id or resume_from"
+        found.append(Violation("sampling.n", rule, request.sampling.n))
+    held = request.resume_tokens.ids
+    if not request.HasField("resume_from"):
+        if held:
+            found.append(Violation("resume_from", "must be set with resume_tokens", ""))
+        return found
+    if not request.request_id:
+        found.append(Violation("request_id", "must be set with resume_from", ""))
+    if request.session_id and held and len(held) != request.resume_from - 1:
+        rule = "must be resume_from - 1 in a session"
+        found.append(Violation("resume_tokens.ids", rule, len(held)))
+    if request.stopping.max_tokens and len(held) >= request.stopping.max_tokens:
+        rule = f"must be fewer than stopping.max_tokens ({request.stopping.max_tokens})"
+        found.append(Violation("resume_tokens.ids", rule, len(held)))
+    return found + token_id_violations("resume_tokens.ids", held, limits.vocab_size)
 
 
 def _input_violations(

@@ -271,17 +271,25 @@ class Engine:
             self._wake.notify()
         return ahead
 
-    def cancel(self, request_id: str, reason: str = "") -> bool:
+    def cancel(self, request: str | EngineRequest, reason: str = "") -> bool:
         """End a live request: its sequences' last outputs come within one step.
+
+        Args:
+            request: Its id, or what was submitted: then no other request of the same id is hit.
+            reason: For the log.
 
         Returns:
             Whether the request was live.
         """
+        request_id = request if isinstance(request, str) else request.request_id
         with self._wake:
-            if request_id not in self._live:
+            sequences = self._live.get(request_id)
+            if not sequences:
+                return False
+            if not isinstance(request, str) and sequences[0].request is not request:
                 return False
             # The sequences, not the id: it may be free and taken again before the next step.
-            self._cancelled += self._live[request_id]
+            self._cancelled += sequences
             self._wake.notify()
         logger.info("request.cancelled id=%s reason=%s", request_id, reason or "-")
         return True
@@ -347,6 +355,7 @@ class Engine:
             raise ContextLengthExceededError(len(prompt), wanted, config.max_model_len)
         for field, low, high in (
             ("tokens.ids", int(prompt.min()), int(prompt.max())),
+            ("resume_tokens.ids", *_ends(request.forced_ids)),
             ("sampling.logit_bias", *_ends(request.sampling.logit_bias)),
             ("stopping.stop_token_ids", *_ends(request.stopping.stop_token_ids)),
         ):

@@ -105,6 +105,11 @@ class EngineRequest:
     text_stop: Callable[[], StopChecker] | None = None
     """Makes the stop checker of one sequence; None: no stop strings."""
 
+    forced_ids: tuple[int, ...] = ()
+    """Generated tokens that are there already, drawn by another router. They count as output in
+    everything (penalties, limits, stop strings, random numbers), are prefilled and not sent. None
+    of them ends the sequence."""
+
 
 class FinishReason(Enum):
     """Why a sequence ended without an error."""

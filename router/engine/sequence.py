@@ -15,6 +15,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from protos.errors import InvalidFieldError
 from router.engine.request import (
     EngineRequest,
     FinishReason,
@@ -117,6 +118,10 @@ class Sequence:
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
+        for number, token_id in enumerate(request.forced_ids):
+            if self._take(token_id) is not None:
+                rule = "must not go on after a token that ends the sequence"
+                raise InvalidFieldError(f"resume_tokens.ids[{number}]", rule, token_id)
 
     def __repr__(self) -> str:
         return (
@@ -170,10 +175,13 @@ class Sequence:
 
     def append(self, token_id: int, now: float) -> FinishReason | None:
         """Take a drawn token; return why the sequence ends with it, or None."""
-        output_ids = self.output_ids
-        if not output_ids:
+        if self.first_token_s is None:
             self.first_token_s = now
         self.last_token_s = now
+        return self._take(token_id)
+
+    def _take(self, token_id: int) -> FinishReason | None:
+        output_ids = self.output_ids
         output_ids.append(token_id)
         if not self.sampler.is_plain:
             self.sampler.observe(token_id)

@@ -56,14 +56,14 @@ class _Sequence:
         "tokens",
     )
 
-    def __init__(self, text: TextStream | None) -> None:
+    def __init__(self, text: TextStream | None, num_tokens: int) -> None:
         self.text = text
         self.tokens: list[int] = []
         self.logprobs: Logprobs | None = None
         self.prefill: PrefillProgress | None = None
         self.ended: StepOutput | None = None
         self.has_news = False
-        self.num_tokens = 0
+        self.num_tokens = num_tokens
         self.cached = 0
 
 
@@ -74,6 +74,8 @@ class RequestStream:
         texts: One text stream a sequence; None where the checkpoint has no tokeniser.
         options: What the messages carry.
         on_overflow: Called once when the client reads too slowly, to end the request.
+        num_sent: Messages that went out before, of a stream that is resumed.
+        num_tokens: Tokens that went out with them.
 
     Attributes:
         error: What ended the request early.
@@ -84,13 +86,15 @@ class RequestStream:
         texts: list[TextStream | None],
         options: StreamOptions,
         on_overflow: Callable[[], object],
+        num_sent: int = 0,
+        num_tokens: int = 0,
     ) -> None:
-        self._sequences = [_Sequence(text) for text in texts]
+        self._sequences = [_Sequence(text, num_tokens) for text in texts]
         self._options = options
         self._on_overflow = on_overflow
         self._num_open = len(texts)
         self._num_pending = 0
-        self._num_sent = 0
+        self._num_sent = num_sent
         self._news = asyncio.Event()
         self.error: ExpertMeshError | None = None
 

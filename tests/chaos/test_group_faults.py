@@ -24,7 +24,8 @@ from protos.client import Client
 from protos.errors import GroupLostError, StalePlacementError
 from router.engine.engine import Engine, EngineConfig
 from router.gateway.delivery import LoopDelivery
-from router.gateway.generation import GenerationServicer, ServedModel
+from router.gateway.generation import GenerationServicer
+from router.gateway.request_reader import ServedModel
 from router.gateway.server import GatewayOptions, GatewayThread, generation_service
 from router.gateway.text import TextProcessor
 from router.gating.dispatch import ExpertDispatcher

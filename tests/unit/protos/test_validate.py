@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import json_format
 
 from protos import ids
-from protos.errors import InvalidFieldError, UnknownModelError, UnsupportedFeatureError
+from protos.errors import InvalidFieldError, UnknownModelError
 from protos.v1 import generation_pb2
 from protos.validate import (
     RequestLimits,
@@ -205,10 +205,45 @@ def test_another_model_is_not_found() -> None:
         validate_generate(request(model="gpt"), LIMITS)
 
 
-@pytest.mark.parametrize("fields", [{"session_id": "s"}, {"resume_from": 0}])
-def test_what_comes_later_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedFeatureError, match=next(iter(fields))):
-        validate_generate(request(**fields), LIMITS)
+def test_a_turn_may_have_no_input_only_when_it_is_resumed() -> None:
+    bare = generation_pb2.GenerateRequest(session_id="s", request_id="r", resume_from=3)
+    validate_generate(bare, LIMITS)
+    bare.ClearField("resume_from")
+    assert violations(bare) == [("input", "must be one of text, tokens, chat", "")]
+    validate_generate(request(session_id="chat-7", request_id="r"), LIMITS)
+    validate_generate(request(request_id="r", resume_from=0), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"session_id": "a/b"}, ("session_id", ids.session_id_rule(), "a/b")),
+        (
+            {"session_id": "s", "sampling": {"n": 2}},
+            ("sampling.n", "must be 1 with session_id or resume_from", 2),
+        ),
+        ({"resume_from": 1}, ("request_id", "must be set with resume_from", "")),
+        ({"resume_tokens": {"ids": [1]}}, ("resume_from", "must be set with resume_tokens", "")),
+        (
+            {"session_id": "s", "resume_from": 3, "resume_tokens": {"ids": [1]}},
+            ("resume_tokens.ids", "must be resume_from - 1 in a session", 1),
+        ),
+        (
+            {"resume_from": 3, "resume_tokens": {"ids": [1, 2]}, "stopping": {"max_tokens": 2}},
+            ("resume_tokens.ids", "must be fewer than stopping.max_tokens (2)", 2),
+        ),
+        (
+            {"resume_from": 3, "resume_tokens": {"ids": [1, 100]}},
+            ("resume_tokens.ids[1]", "must be in [0, 100)", 100),
+        ),
+    ],
+)
+def test_what_a_resumed_stream_must_say(
+    fields: dict[str, Any], expected: tuple[str, str, object]
+) -> None:
+    if "resume_tokens" in fields and "resume_from" in fields:
+        fields = {"request_id": "r", **fields}
+    assert violations(request(**fields)) == [expected]
 
 
 def test_the_other_calls() -> None:

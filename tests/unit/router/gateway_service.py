@@ -16,7 +16,8 @@ from protos.client import Client, ClientConfig
 from router.engine.batch import Batch
 from router.engine.engine import Engine, EngineConfig
 from router.gateway.delivery import LoopDelivery
-from router.gateway.generation import GenerationServicer, ServedModel
+from router.gateway.generation import GenerationServicer
+from router.gateway.request_reader import ServedModel
 from router.gateway.server import GatewayOptions, GatewayThread, Service, generation_service
 from router.gateway.text import TextProcessor
 from tests.unit.router.test_text import TEMPLATE, TOKENIZER
@@ -58,7 +59,7 @@ class ScriptModel:
 class GatewayService:
     """What runs, for tests to look at."""
 
-    model: ScriptModel
+    model: Any
     engine: Engine
     thread: GatewayThread
     address: str
@@ -74,7 +75,7 @@ class GatewayService:
 
 @contextmanager
 def running(
-    model: ScriptModel | None = None,
+    model: Any = None,
     *,
     text: TextProcessor = TEXT,
     services: tuple[Service, ...] = (),

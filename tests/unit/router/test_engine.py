@@ -70,7 +70,7 @@ def request_of(request_id: str, prompt: list[int], **options: Any) -> EngineRequ
     }
     others = {
         key: options.pop(key)
-        for key in ("logprobs", "prompt_logprobs", "deadline", "text_stop")
+        for key in ("logprobs", "prompt_logprobs", "deadline", "text_stop", "forced_ids")
         if key in options
     }
     options.setdefault("temperature", 0.0)
@@ -584,6 +584,83 @@ def test_cancel_frees_within_one_step() -> None:
     assert engine.num_live == 0
     assert_as_expected([waiting], outputs)
     assert_all_free(engine)
+
+
+def test_cancel_of_an_object_leaves_its_ids_next_request_alone() -> None:
+    outputs = Outputs()
+    engine = Engine(HashModel(VOCAB), config_of())
+    first = request_of("a", [1], max_tokens=1)
+    engine.submit(first, outputs)
+    engine.step()
+    again = request_of("a", [1], max_tokens=5, ignore_eos=True)
+    engine.submit(again, Outputs())
+    assert not engine.cancel(first)
+    assert engine.num_live == 1
+    assert engine.cancel(again)
+    run(engine)
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("chunk", [8, 32])
+def test_forced_tokens_are_as_if_drawn_here(chunk: int) -> None:
+    """At every cut: the same tokens go on, and only new ones are sent."""
+    options: dict[str, Any] = {
+        "max_tokens": 20,
+        "min_tokens": 12,
+        "temperature": 0.9,
+        "seed": 11,
+        "repetition_penalty": 1.3,
+        "frequency_penalty": 0.4,
+        "presence_penalty": 0.2,
+    }
+    whole = Outputs()
+    engine = Engine(HashModel(VOCAB), config_of())
+    engine.submit(request_of("whole", [5, 6, 7], **options), whole)
+    run(engine)
+    tokens = whole.tokens["whole", 0]
+    assert len(tokens) >= 12
+    engine = Engine(HashModel(VOCAB), config_of(max_num_batched_tokens=chunk))
+    for cut in range(len(tokens)):
+        outputs = Outputs()
+        forced = tuple(tokens[:cut])
+        engine.submit(request_of("part", [5, 6, 7], forced_ids=forced, **options), outputs)
+        run(engine)
+        assert outputs.tokens["part", 0] == tokens[cut:]
+        last, expected = outputs.last["part", 0], whole.last["whole", 0]
+        assert (last.finish_reason, last.stop_token_id) == (
+            expected.finish_reason,
+            expected.stop_token_id,
+        )
+    assert_all_free(engine)
+
+
+def test_forced_tokens_count_for_stop_strings() -> None:
+    seen: list[int] = []
+
+    def checker() -> Any:
+        def check(token_id: int) -> bool:
+            seen.append(token_id)
+            return len(seen) == 4
+
+        return check
+
+    outputs = Outputs()
+    engine = Engine(HashModel(VOCAB), config_of())
+    request = request_of("r", [1], forced_ids=(8, 9), text_stop=checker, ignore_eos=True)
+    engine.submit(request, outputs)
+    run(engine)
+    assert seen == [8, 9, *outputs.tokens["r", 0]]
+    assert outputs.last["r", 0].finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize(
+    ("forced", "field"), [((1, EOS), r"ids\[1\]"), ((1, 2, 4), r"ids\[2\]"), ((VOCAB,), "ids")]
+)
+def test_forced_tokens_after_the_end_are_refused(forced: tuple[int, ...], field: str) -> None:
+    engine = Engine(HashModel(VOCAB), config_of())
+    with pytest.raises(InvalidFieldError, match=rf"resume_tokens\.{field}"):
+        engine.submit(request_of("r", [1], forced_ids=forced, max_tokens=3), Outputs())
+    assert engine.num_live == 0
 
 
 def test_a_late_cancel_does_not_hit_the_next_request_of_the_same_id() -> None:
