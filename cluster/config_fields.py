@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import inspect
 import itertools
-import re
 import textwrap
 import types
 import typing
@@ -19,10 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from router.state.endpoint import masked
+
 MASK = "***"
 _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _SCHEMA_NAMES = {int: "integer", float: "number", bool: "boolean", str: "string"}
-_URL_PASSWORD = re.compile(r"(?<=://)([^:@/\s]*:)?\S*(?=@)|(?<=password=)[^&\s]+")
 
 
 def number(default: Any, *, minimum: float | None = None, maximum: float | None = None) -> Any:
@@ -33,15 +33,6 @@ def number(default: Any, *, minimum: float | None = None, maximum: float | None 
 def secret(default: Any, *, kind: Literal["all", "url"] = "all") -> Any:
     """A field that is never shown: all of it, or the credentials of a URL in it."""
     return field(default=default, metadata={"secret": kind})
-
-
-def mask_url(url: str) -> str:
-    """Return a URL without its password: `redis://user:***@host`; `redis://***@host` alone."""
-
-    def hide(match: re.Match[str]) -> str:
-        return f"{match.group(1) or ''}{MASK}"
-
-    return _URL_PASSWORD.sub(hide, url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +67,7 @@ class Field:
             return [self.shown(item) for item in value]
         if not self.secret or value in (None, ""):
             return value
-        return mask_url(str(value)) if self.secret == "url" else MASK
+        return masked(str(value)) if self.secret == "url" else MASK
 
 
 def fields_of(config: type[Any]) -> dict[str, Field]:

@@ -89,6 +89,10 @@ class SafetensorsCheckpoint:
         """Full names of all tensors."""
         return frozenset(self._entries)
 
+    def entries(self) -> list[tuple[TensorFile, TensorEntry]]:
+        """Return where every tensor lies."""
+        return list(self._entries.values())
+
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert as stored."""
