@@ -70,7 +70,7 @@ def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLi
     if request.session_id and not is_valid_session_id(request.session_id):
         found.append(Violation("session_id", session_id_rule(), request.session_id))
     is_resumed = request.HasField("resume_from")
-    if request.session_id or is_resumed:
+    if request.session_id or is_resumed or request.HasField("resume_tokens"):
         found += _resumable_violations(request, limits)
     if not (request.session_id and is_resumed and request.WhichOneof("input") is None):
         found += _input_violations(request, limits)
