@@ -17,9 +17,8 @@ the asking router, then to the lower id.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 WARM_BYTES = 8
 """Of a position's hash, in a heartbeat."""
@@ -36,19 +35,6 @@ MIN_GAIN_SHARE = 0.3
 """Share of the own cost that a forward must save."""
 
 _LOAD = struct.Struct("<dIII")
-
-
-class Positions(Protocol):
-    """What a sequence's hash chain offers; see `router.engine.chain.HashChain`."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens hashed so far."""
-        ...
-
-    def position_hash(self, num_tokens: int) -> bytes:
-        """Return the hash of the first `num_tokens` tokens."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +79,11 @@ class RouterView:
     warm: frozenset[bytes]
     """First `WARM_BYTES` of the hashes of the positions that it can resume from."""
 
+    def with_queued(self, num_tokens: int) -> RouterView:
+        """Return the view with so many more tokens waiting."""
+        queued = self.load.queued_tokens + num_tokens
+        return replace(self, load=replace(self.load, queued_tokens=queued))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
@@ -116,19 +107,16 @@ class Choice:
 
 
 def choose(
-    views: Sequence[RouterView],
-    own_id: str,
-    chain: Positions,
-    candidates: Iterable[int],
+    views: Sequence[RouterView], own_id: str, hashes: Mapping[int, bytes], num_tokens: int
 ) -> Choice:
     """Return the router that should serve a prompt: the asking one, unless another is clearly best.
 
     Args:
         views: All routers that serve, the asking one among them.
         own_id: The asking router.
-        chain: Hashes of the prompt, which has `chain.num_tokens` tokens.
-        candidates: Positions at which a router may be warm: multiples of 128, and where the
-            session's snapshots are. The last token is always computed.
+        hashes: Position -> its hash, where a router may be warm: multiples of 128 tokens, or the
+            snapshots of the session. The last token is always computed, so its position is no use.
+        num_tokens: Of the prompt, a session's history included.
 
     Raises:
         ValueError: The asking router is not among the views.
@@ -136,19 +124,15 @@ def choose(
     own = next((view for view in views if view.router_id == own_id), None)
     if own is None:
         raise ValueError(f"no view of {own_id}")
-    keys = {
-        position: chain.position_hash(position)[:WARM_BYTES]
-        for position in candidates
-        if 0 < position < chain.num_tokens
-    }
+    keys = {n: found[:WARM_BYTES] for n, found in hashes.items() if 0 < n < num_tokens}
     rate = _usual_rate(views)
     own_warm = _warm_tokens(own, keys)
-    own_cost_s = _cost_s(own, chain.num_tokens - own_warm, rate)
+    own_cost_s = _cost_s(own, num_tokens - own_warm, rate)
     best = Choice(view=own, warm_tokens=own_warm, cost_s=own_cost_s, own_cost_s=own_cost_s)
     limit_s = own_cost_s - max(MIN_GAIN_S, MIN_GAIN_SHARE * own_cost_s)
     for view in sorted(views, key=lambda view: view.router_id):
         warm = _warm_tokens(view, keys)
-        cost_s = _cost_s(view, chain.num_tokens - warm, rate)
+        cost_s = _cost_s(view, num_tokens - warm, rate)
         if view is not own and cost_s <= limit_s and cost_s < best.cost_s:
             best = Choice(view=view, warm_tokens=warm, cost_s=cost_s, own_cost_s=own_cost_s)
     return best

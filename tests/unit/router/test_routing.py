@@ -25,7 +25,7 @@ NUM_TOKENS = 4096
 RATE = 1000.0
 CHAIN = HashChain("ns")
 CHAIN.extend(range(NUM_TOKENS))
-BLOCKS = range(CACHE_BLOCK, NUM_TOKENS + 1, CACHE_BLOCK)
+BLOCKS = tuple(range(CACHE_BLOCK, NUM_TOKENS + 1, CACHE_BLOCK))
 
 
 def view(
@@ -46,10 +46,9 @@ def view(
     )
 
 
-def pick(
-    *views: RouterView, own: str = "a", candidates: tuple[int, ...] | range = BLOCKS
-) -> Choice:
-    return choose(views, own, CHAIN, candidates)
+def pick(*views: RouterView, own: str = "a", candidates: tuple[int, ...] = BLOCKS) -> Choice:
+    hashes = {position: CHAIN.position_hash(position) for position in candidates}
+    return choose(views, own, hashes, NUM_TOKENS)
 
 
 def test_the_sum_of_the_module_docstring() -> None:
@@ -87,11 +86,9 @@ def test_only_a_clear_gain_is_worth_a_hop(own_queue: int, gain_s: float, forward
 
 
 def test_a_short_prompt_is_never_worth_a_hop() -> None:
-    short = HashChain("ns")
-    short.extend(range(40))  # 40 ms
-    warm = view("b")
-    assert choose([view("a"), warm], "a", short, ()).view.router_id == "a"
-    assert choose([view("a", queued=5), warm], "a", short, ()).view.router_id == "a"
+    others = view("b")  # 40 tokens: 40 ms
+    assert choose([view("a"), others], "a", {}, 40).view.router_id == "a"
+    assert choose([view("a", queued=5), others], "a", {}, 40).view.router_id == "a"
 
 
 def test_an_overloaded_warm_router_is_passed_over() -> None:
@@ -155,7 +152,7 @@ def test_the_choice_is_never_clearly_worse_than_staying() -> None:
         views = [
             view(
                 name,
-                warm=tuple(random_views.sample(list(BLOCKS), random_views.randrange(3))),
+                warm=tuple(random_views.sample(BLOCKS, random_views.randrange(3))),
                 queued=random_views.randrange(9000),
                 running=random_views.randrange(9),
                 rate=random_views.choice([0.0, 300.0, 1000.0]),
