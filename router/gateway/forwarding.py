@@ -192,18 +192,22 @@ class Forwarder:
                 await context.write(message)
                 message = await call.read()
             return True
-        except (grpc.RpcError, TimeoutError) as error:
-            is_late = isinstance(error, TimeoutError)
-            if is_open or not (is_late or error.code() in _SERVE_HERE):
+        except TimeoutError:
+            self._fall_back(view, "late")
+            return False
+        except grpc.aio.AioRpcError as error:
+            if is_open or error.code() not in _SERVE_HERE:
                 raise from_rpc_error(error) from error
-            self._shunned[view.router_id] = self._clock() + SHUN_S
-            self.stats.fell_back += 1
-            why = "late" if is_late else error.code().name
-            logger.warning("forward.failed router=%s why=%s", view.router_id, why)
+            self._fall_back(view, error.code().name)
             return False
         finally:
             del self._live[request.request_id]
             call.cancel()
+
+    def _fall_back(self, view: RouterView, why: str) -> None:
+        self._shunned[view.router_id] = self._clock() + SHUN_S
+        self.stats.fell_back += 1
+        logger.warning("forward.failed router=%s why=%s", view.router_id, why)
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
