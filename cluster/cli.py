@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cluster.config import describe, load_config, shown, to_json_schema
 from cluster.console import errors_exit, out_console, print_json, table
+
+if TYPE_CHECKING:
+    from protos.tls import Access
 
 app = typer.Typer(
     name="expertmesh",
@@ -35,8 +38,27 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML or JSON file with these settings.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Url = Annotated[str, typer.Option("--url", help="host:port of a router.")]
+Url = Annotated[
+    str, typer.Option("--url", help="host:port of a router; grpcs://host:port for a public CA.")
+]
 DEFAULT_URL = "127.0.0.1:50051"
+TlsCa = Annotated[
+    str | None,
+    typer.Option(
+        envvar="EXPERTMESH_TLS_CA", help="CA of the router's certificate (PEM); set: use TLS."
+    ),
+]
+TlsCert = Annotated[
+    str | None, typer.Option(envvar="EXPERTMESH_TLS_CERT", help="Own certificate (PEM).")
+]
+TlsKey = Annotated[str | None, typer.Option(envvar="EXPERTMESH_TLS_KEY", help="Its key (PEM).")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="EXPERTMESH_API_KEY",
+        help="Sent with every call; the environment hides it from other users' process lists.",
+    ),
+]
 
 ServedName = Annotated[
     str | None, _setting("model.served_model_name", "--served-model-name", panel="Model")
@@ -69,6 +91,17 @@ TrunkOps = Annotated[
 ]
 RouterThreads = Annotated[
     int | None, _setting("router.threads", "--router-threads", panel="Router")
+]
+SslKeyfile = Annotated[str | None, _setting("router.ssl_keyfile", "--ssl-keyfile", panel="Router")]
+SslCertfile = Annotated[
+    str | None, _setting("router.ssl_certfile", "--ssl-certfile", panel="Router")
+]
+SslCaCerts = Annotated[
+    str | None, _setting("router.ssl_ca_certs", "--ssl-ca-certs", panel="Router")
+]
+ApiKeys = Annotated[list[str] | None, _setting("router.api_keys", "--api-key", panel="Router")]
+ApiKeyFile = Annotated[
+    str | None, _setting("router.api_key_file", "--api-key-file", panel="Router")
 ]
 MaxNumSeqs = Annotated[
     int | None, _setting("engine.max_num_seqs", "--max-num-seqs", panel="Engine")
@@ -118,7 +151,31 @@ StartTimeout = Annotated[
 ShutdownTimeout = Annotated[
     float | None, _setting("cluster.shutdown_timeout_s", "--shutdown-timeout", panel="Cluster")
 ]
+ClusterSslKeyfile = Annotated[
+    str | None, _setting("cluster.ssl_keyfile", "--cluster-ssl-keyfile", panel="Cluster")
+]
+ClusterSslCertfile = Annotated[
+    str | None, _setting("cluster.ssl_certfile", "--cluster-ssl-certfile", panel="Cluster")
+]
+ClusterSslCaCerts = Annotated[
+    str | None, _setting("cluster.ssl_ca_certs", "--cluster-ssl-ca-certs", panel="Cluster")
+]
 Verbose = Annotated[bool | None, _setting("cluster.verbose", "--verbose", panel="Cluster")]
+
+
+def _access(
+    tls_ca: str | None, tls_cert: str | None, tls_key: str | None, api_key: str | None
+) -> Access:
+    """Return how a command calls a router; TLS where a CA or a certificate is given.
+
+    Raises:
+        ConfigurationError: A file that cannot be read.
+    """
+    from protos.tls import Access, ClientTls
+
+    is_tls = tls_ca is not None or tls_cert is not None or tls_key is not None
+    tls = ClientTls.from_files(tls_ca, tls_cert, tls_key) if is_tls else None
+    return Access(tls=tls, api_key=api_key or None)
 
 
 @app.command()
@@ -143,6 +200,11 @@ def serve(
     expert_threads: ExpertThreads = None,
     trunk_ops: TrunkOps = None,
     router_threads: RouterThreads = None,
+    ssl_keyfile: SslKeyfile = None,
+    ssl_certfile: SslCertfile = None,
+    ssl_ca_certs: SslCaCerts = None,
+    api_key: ApiKeys = None,
+    api_key_file: ApiKeyFile = None,
     enable_prefix_caching: PrefixCaching = None,
     state: State = None,
     redis_url: RedisUrl = None,
@@ -155,6 +217,9 @@ def serve(
     namespace: Namespace = None,
     start_timeout: StartTimeout = None,
     shutdown_timeout: ShutdownTimeout = None,
+    cluster_ssl_keyfile: ClusterSslKeyfile = None,
+    cluster_ssl_certfile: ClusterSslCertfile = None,
+    cluster_ssl_ca_certs: ClusterSslCaCerts = None,
     verbose: Verbose = None,
     config: ConfigFile = None,
 ) -> None:
@@ -178,6 +243,11 @@ def serve(
                 "router.port": port,
                 "router.trunk_ops": trunk_ops,
                 "router.threads": router_threads,
+                "router.ssl_keyfile": ssl_keyfile,
+                "router.ssl_certfile": ssl_certfile,
+                "router.ssl_ca_certs": ssl_ca_certs,
+                "router.api_keys": api_key or None,
+                "router.api_key_file": api_key_file,
                 "engine.max_num_seqs": max_num_seqs,
                 "engine.max_num_batched_tokens": max_num_batched_tokens,
                 "engine.max_queued": max_queued,
@@ -196,6 +266,9 @@ def serve(
                 "cluster.namespace": namespace,
                 "cluster.start_timeout_s": start_timeout,
                 "cluster.shutdown_timeout_s": shutdown_timeout,
+                "cluster.ssl_keyfile": cluster_ssl_keyfile,
+                "cluster.ssl_certfile": cluster_ssl_certfile,
+                "cluster.ssl_ca_certs": cluster_ssl_ca_certs,
                 "cluster.verbose": verbose,
             },
             os.environ,
@@ -215,6 +288,10 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 @app.command()
 def chat(
     url: Url = DEFAULT_URL,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key: ApiKey = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = 512,
@@ -224,13 +301,18 @@ def chat(
     from cluster.talk import Sampling, run_chat
 
     with errors_exit():
-        run_chat(url, system, Sampling(temperature, max_tokens, seed))
+        access = _access(tls_ca, tls_cert, tls_key, api_key)
+        run_chat(url, access, system, Sampling(temperature, max_tokens, seed))
 
 
 @app.command()
 def complete(
     prompt: Annotated[str | None, typer.Argument(help="Text; - or nothing reads stdin.")] = None,
     url: Url = DEFAULT_URL,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key: ApiKey = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = 128,
     seed: Seed = None,
@@ -240,17 +322,25 @@ def complete(
     from cluster.talk import Sampling, run_complete
 
     with errors_exit():
+        access = _access(tls_ca, tls_cert, tls_key, api_key)
         text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
-        run_complete(url, text, Sampling(temperature, max_tokens, seed), as_json=as_json)
+        run_complete(url, access, text, Sampling(temperature, max_tokens, seed), as_json=as_json)
 
 
 @app.command()
-def status(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
+def status(
+    url: Url = DEFAULT_URL,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
     """Show routers and expert groups of a running service."""
     from cluster.status import ask_status, print_status, status_document
 
     with errors_exit():
-        answer = ask_status(url)
+        answer = ask_status(url, _access(tls_ca, tls_cert, tls_key, api_key))
         if as_json:
             print_json(status_document(answer))
         else:

@@ -71,6 +71,16 @@ class RouterSection:
     """Kernels of the trunk; auto takes native where this CPU has them."""
     threads: int | None = number(None, minimum=1)
     """Threads of the trunk; unset: the node's cores."""
+    ssl_keyfile: str | None = None
+    """Private key of the gRPC port (PEM, on every router's node); with ssl_certfile: TLS."""
+    ssl_certfile: str | None = None
+    """Certificate of the gRPC port, the same for all routers, then the ones up to its CA (PEM)."""
+    ssl_ca_certs: str | None = None
+    """CAs of client certificates (PEM); set: clients must show one."""
+    api_keys: tuple[str, ...] = secret(())
+    """Clients send one of these as `authorization: Bearer KEY`; none: no key is asked for."""
+    api_key_file: str | None = None
+    """File with further keys, one a line, read on every router's node; # begins a comment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +144,12 @@ class ClusterSection:
     """Seconds from the command to `ready`."""
     shutdown_timeout_s: float = number(45.0, minimum=0)
     """Seconds that running requests get to finish after SIGTERM."""
+    ssl_keyfile: str | None = None
+    """Private key of the cluster's certificate (PEM, on every node)."""
+    ssl_certfile: str | None = None
+    """Certificate of routers and expert groups (PEM); set: mutual TLS between them."""
+    ssl_ca_certs: str | None = None
+    """CA of that certificate (PEM); whoever holds one of its certificates is a member."""
     verbose: bool = False
     """Show INFO of every process; otherwise WARNING and above."""
 

@@ -32,7 +32,7 @@ def number(default: Any, *, minimum: float | None = None, maximum: float | None 
 
 def secret(default: Any, *, kind: Literal["all", "url"] = "all") -> Any:
     """A field that is never shown: all of it, or the credentials of a URL in it."""
-    return field(default=default, metadata={"secret": kind})
+    return field(default=default, repr=False, metadata={"secret": kind})
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import threading
 
 from cluster.config import Config
 from cluster.members import ProcessFacts, new_boot
+from cluster.security import load_member
 from experts.device import require_deepspeed
 from experts.placement import Placement
 from experts.runtime import ExpertRuntime
@@ -51,7 +52,7 @@ class GroupProcess:
             `host:port`.
 
         Raises:
-            ExpertMeshError: From the checkpoint, the memory, or the placement.
+            ExpertMeshError: From the checkpoint, the memory, the placement, or the certificate.
         """
         self._runtime = ExpertRuntime(
             group_id=self.group_id,
@@ -61,7 +62,9 @@ class GroupProcess:
             num_threads=threads,
         )
         self._runtime.load(Placement.from_json(placement_json))
-        self._server = start_expert_server(self._runtime, host, 0)
+        member = load_member(self._config)
+        tls = member.server if member is not None else None
+        self._server = start_expert_server(self._runtime, host, 0, tls)
         address: str = self._server.address
         log.info("group_ready group=%s address=%s", self.group_id, address)
         return address

@@ -32,6 +32,7 @@ from cluster.members import (
 from cluster.preflight import Examination, Facts, quick_checks, router_port
 from cluster.ray_api import GROUP_RESOURCE, Actor, Guard, PrivateRay, RayCluster
 from cluster.routers import Router, Routers
+from cluster.security import config_of_group
 from experts.placement import Placement
 from experts.planner import plan_placement
 from protos.errors import (
@@ -95,7 +96,8 @@ class Service:
             ExpertMeshError: What stands in the way.
         """
         self._deadline = time.monotonic() + self.config.cluster.start_timeout_s
-        quick_checks(self.config)
+        for warning in quick_checks(self.config):
+            self.progress(f"warning: {warning}")
         self._examination = Examination(self.config)
         cluster = self.config.cluster
         if cluster.ray_address is None:
@@ -296,9 +298,10 @@ class Service:
         if bundles:
             self._wait_notice(bundles)
             self._reservation = cluster.reserve(bundles, self._left())
+        config = config_of_group(self.config)
         for index, group_id in enumerate(group_ids):
             self._groups[group_id] = cluster.spawn(
-                ExpertGroupActor, group_id, group_id, self.config, bundle=(self._reservation, index)
+                ExpertGroupActor, group_id, group_id, config, bundle=(self._reservation, index)
             )
         for index, router_id in enumerate(router_ids):
             self._watched.all[router_id] = router = Router(router_id, index)

@@ -25,6 +25,7 @@ from google.rpc import status_pb2
 from cluster.config import Config, load_config, parse_groups
 from cluster.hf_overrides import parse_hf_overrides
 from cluster.kv_budget import format_bytes, plan_kv_blocks
+from cluster.security import load_security
 from protos.errors import (
     CheckpointError,
     ConfigurationError,
@@ -59,11 +60,15 @@ class Facts:
     has_chat_template: bool
 
 
-def quick_checks(config: Config) -> None:
+def quick_checks(config: Config) -> list[str]:
     """Check what needs no checkpoint code: fast, in the calling process.
 
+    Returns:
+        What works and may not be meant, as sentences for the user.
+
     Raises:
-        ConfigurationError: No checkpoint given, a port that is taken, an address that is not ours.
+        ConfigurationError: No checkpoint given, a port that is taken, an address that is not ours,
+            certificates or keys that cannot be used.
         CheckpointError: No such folder, or a folder that is no checkpoint.
     """
     if not config.model.checkpoint:
@@ -78,9 +83,11 @@ def quick_checks(config: Config) -> None:
             str(path), "holds no config.json, so it is not a Hugging Face checkpoint folder"
         )
     parse_groups(config.experts.groups)
+    warnings = load_security(config).warnings(config)
     if config.cluster.ray_address is None:
         for index in range(config.router.count if config.router.port else 0):
             _check_port(config.router.host, config.router.port + index)
+    return warnings
 
 
 def router_port(config: Config, index: int) -> int:

@@ -27,6 +27,7 @@ from cluster.hf_overrides import parse_hf_overrides
 from cluster.kv_budget import plan_kv_blocks
 from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart, new_boot
 from cluster.probe import check_answers
+from cluster.security import load_security
 from cluster.service import ClusterServicer
 from experts.native.kernels import Kernels, load_kernels
 from experts.placement import Placement
@@ -149,11 +150,12 @@ class RouterProcess:
 
         Raises:
             GroupLostError: A group cannot be reached.
-            ConfigurationError: The port is taken.
+            ConfigurationError: The port is taken, or a certificate cannot be used.
             ResourceError: The KV cache does not fit.
         """
         self._model_name = start.model_name
         self._members = start.groups
+        self._security = security = load_security(self._config)
         if start.placement_json is not None:
             self._placement = Placement.from_json(start.placement_json)
             self._dispatcher = self._connect(start, self._kernels)
@@ -167,7 +169,12 @@ class RouterProcess:
         self._engine = engine
         self._gateway = GatewayThread(
             self._services(start, engine),
-            GatewayOptions(host=start.host, port=start.port),
+            GatewayOptions(
+                host=start.host,
+                port=start.port,
+                tls=security.port.server if security.port else None,
+                api_keys=security.api_keys,
+            ),
             delivery,
         )
         engine.start()
@@ -184,7 +191,7 @@ class RouterProcess:
         Raises:
             ExpertMeshError: What it answered.
         """
-        check_answers(self._address, CHECK_TIMEOUT_S)
+        check_answers(self._address, CHECK_TIMEOUT_S, self._security.to_routers)
 
     def set_members(self, members: list[GroupMember], routers: dict[str, str]) -> None:
         """Learn who else serves."""
@@ -309,6 +316,7 @@ class RouterProcess:
             dtype=self._dtype,
             transport=self._config.experts.transport,
             kernels=kernels,
+            access=self._security.to_groups,
         )
 
     def _engine_config(self, decoder: Decoder, start: RouterStart) -> EngineConfig:
@@ -345,7 +353,7 @@ class RouterProcess:
             generation_service(GenerationServicer(engine, self._text, served, self._defaults)),
             Service(
                 cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
-                ClusterServicer(self),
+                ClusterServicer(self, self._security.to_routers, self._security.to_groups),
                 cluster_pb2_grpc.add_ClusterServiceServicer_to_server,
             ),
         ]

@@ -18,6 +18,7 @@ from cluster.members import GroupMember
 from experts.placement import Placement
 from experts.planner import balancedness, group_load, num_moves, plan_placement
 from protos.errors import InvalidFieldError, UnsupportedFeatureError, from_rpc_error
+from protos.tls import Access
 from protos.v1 import cluster_pb2, cluster_pb2_grpc, experts_pb2, experts_pb2_grpc
 
 ASK_TIMEOUT_S = 2.0
@@ -75,8 +76,15 @@ class RouterView(Protocol):
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     """The gRPC side; registered in the router's own server, which maps errors to statuses."""
 
-    def __init__(self, router: RouterView) -> None:
+    def __init__(
+        self,
+        router: RouterView,
+        to_routers: Access | None = None,
+        to_groups: Access | None = None,
+    ) -> None:
         self._router = router
+        self._to_routers = to_routers or Access()
+        self._to_groups = to_groups or Access()
 
     async def GetStatus(
         self, request: cluster_pb2.GetStatusRequest, context: Context
@@ -109,7 +117,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 requests_left=await self._router.drain_and_leave(timeout_s)
             )
         if target in routers:
-            async with grpc.aio.insecure_channel(routers[target]) as channel:
+            async with self._to_routers.aio_channel(routers[target]) as channel:
                 stub = cluster_pb2_grpc.ClusterServiceStub(channel)
                 try:
                     answer = await stub.Drain(request, timeout=timeout_s + ASK_TIMEOUT_S)
@@ -184,7 +192,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             if router_id != own.router_id
         }
         routers, groups = await asyncio.gather(
-            asyncio.gather(*(_ask_router(name, address) for name, address in others.items())),
+            asyncio.gather(*(self._ask_router(name, address) for name, address in others.items())),
             asyncio.gather(*(self._ask_group(m) for m in self._router.group_members())),
         )
         status.routers.extend(sorted([own, *routers], key=lambda router: router.router_id))
@@ -201,7 +209,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             pid=member.pid,
         )
         try:
-            async with grpc.aio.insecure_channel(member.grpc_address) as channel:
+            async with self._to_groups.aio_channel(member.grpc_address) as channel:
                 state = await experts_pb2_grpc.ExpertServiceStub(channel).GetState(
                     experts_pb2.GetStateRequest(), timeout=ASK_TIMEOUT_S
                 )
@@ -218,13 +226,12 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         status.busy_s = state.busy_s
         return status
 
-
-async def _ask_router(router_id: str, address: str) -> cluster_pb2.RouterStatus:
-    try:
-        async with grpc.aio.insecure_channel(address) as channel:
-            answer = await cluster_pb2_grpc.ClusterServiceStub(channel).GetStatus(
-                cluster_pb2.GetStatusRequest(local_only=True), timeout=ASK_TIMEOUT_S
-            )
-            return cast(cluster_pb2.RouterStatus, answer.routers[0])
-    except grpc.RpcError:
-        return cluster_pb2.RouterStatus(router_id=router_id, state=LOST, grpc_address=address)
+    async def _ask_router(self, router_id: str, address: str) -> cluster_pb2.RouterStatus:
+        try:
+            async with self._to_routers.aio_channel(address) as channel:
+                answer = await cluster_pb2_grpc.ClusterServiceStub(channel).GetStatus(
+                    cluster_pb2.GetStatusRequest(local_only=True), timeout=ASK_TIMEOUT_S
+                )
+                return cast(cluster_pb2.RouterStatus, answer.routers[0])
+        except grpc.RpcError:
+            return cluster_pb2.RouterStatus(router_id=router_id, state=LOST, grpc_address=address)

@@ -10,18 +10,21 @@ from google.protobuf.json_format import MessageToDict
 from cluster.console import out_console, table
 from cluster.kv_budget import format_bytes
 from protos.errors import from_rpc_error
+from protos.tls import Access
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
 
 STATUS_TIMEOUT_S = 5.0
 
 
-def ask_status(url: str, timeout_s: float = STATUS_TIMEOUT_S) -> cluster_pb2.ClusterStatus:
+def ask_status(
+    url: str, access: Access | None = None, timeout_s: float = STATUS_TIMEOUT_S
+) -> cluster_pb2.ClusterStatus:
     """Return the status of the service that a router belongs to.
 
     Raises:
         ExpertMeshError: Not reachable, or what the router answered.
     """
-    with grpc.insecure_channel(url) as channel:
+    with (access or Access()).channel(url) as channel:
         try:
             answer = cluster_pb2_grpc.ClusterServiceStub(channel).GetStatus(
                 cluster_pb2.GetStatusRequest(), timeout=timeout_s

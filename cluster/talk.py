@@ -12,6 +12,7 @@ from cluster.console import EXIT_OK, err_console, print_json
 from protos.client import Client, ClientConfig, GenerateOptions, Prompt
 from protos.errors import ConfigurationError
 from protos.events import Completion, Delta
+from protos.tls import Access
 
 PATIENCE = ClientConfig(max_attempts=3)
 """A person waits a second for a service that is starting, not ten."""
@@ -77,7 +78,9 @@ def stream_answer(
     answer.total_s = time.perf_counter() - begin
 
 
-def run_complete(url: str, prompt: str, sampling: Sampling, *, as_json: bool) -> None:
+def run_complete(
+    url: str, access: Access, prompt: str, sampling: Sampling, *, as_json: bool
+) -> None:
     """Print the continuation of a text.
 
     Raises:
@@ -86,7 +89,7 @@ def run_complete(url: str, prompt: str, sampling: Sampling, *, as_json: bool) ->
     """
     if not prompt:
         raise ConfigurationError("prompt", "must not be empty", prompt)
-    with Client(url, PATIENCE) as client:
+    with Client(url, PATIENCE, tls=access.tls, api_key=access.api_key) as client:
         answer = Answer(Completion())
         for text in stream_answer(client, prompt, sampling.options(), answer):
             if not as_json:
@@ -97,7 +100,7 @@ def run_complete(url: str, prompt: str, sampling: Sampling, *, as_json: bool) ->
             print()
 
 
-def run_chat(url: str, system: str | None, sampling: Sampling) -> None:
+def run_chat(url: str, access: Access, system: str | None, sampling: Sampling) -> None:
     """Hold a conversation on the terminal, or answer the lines of a pipe one by one.
 
     Raises:
@@ -106,7 +109,7 @@ def run_chat(url: str, system: str | None, sampling: Sampling) -> None:
     console = err_console()
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    with Client(url, PATIENCE) as client:
+    with Client(url, PATIENCE, tls=access.tls, api_key=access.api_key) as client:
         model = client.list_models()[0].name
         if sys.stdin.isatty():
             console.print(f"{model}: {HELP}", style="dim", markup=False)
