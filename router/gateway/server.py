@@ -63,6 +63,10 @@ class GatewayOptions:
     max_connection_age_s: float = 1800.0
     """After it a client is told to connect anew, so that it finds new routers; its streams run to
     their end on the old connection."""
+    handshake_timeout_s: float = 10.0
+    """A connection that has not finished TLS and the HTTP/2 greeting by then is closed."""
+    max_connections: int = 4096
+    """Further ones are closed at once."""
     tls: ServerTls | None = None
     """None: a plain port."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -234,5 +238,7 @@ def _server_options(options: GatewayOptions) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.server_handshake_timeout_ms", int(options.handshake_timeout_s * 1000)),
+        ("grpc.max_allowed_incoming_connections", options.max_connections),
         ("grpc.max_connection_age_ms", int(options.max_connection_age_s * 1000)),
     ]
