@@ -24,12 +24,20 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from protos.errors import ConfigurationError, NotReadyError
 from protos.tls import ServerTls
-from protos.v1 import gating_pb2, gating_pb2_grpc, generation_pb2, generation_pb2_grpc
+from protos.v1 import (
+    gating_pb2,
+    gating_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+)
 from router.gateway.authentication import ApiKeyInterceptor
 from router.gateway.delivery import LoopDelivery
 from router.gateway.gating import GatingServicer
 from router.gateway.generation import GenerationServicer
 from router.gateway.interceptor import ErrorInterceptor
+from router.gateway.sessions import SessionServicer
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +91,12 @@ def gating_service(servicer: GatingServicer) -> Service:
     """Return the registration of `GatingService`."""
     name = gating_pb2.DESCRIPTOR.services_by_name["GatingService"].full_name
     return Service(name, servicer, gating_pb2_grpc.add_GatingServiceServicer_to_server)
+
+
+def session_service(servicer: SessionServicer) -> Service:
+    """Return the registration of `SessionService`."""
+    name = session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name
+    return Service(name, servicer, session_pb2_grpc.add_SessionServiceServicer_to_server)
 
 
 class Gateway:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 from tests.unit.router.hash_model import HashModel
 
@@ -15,7 +16,23 @@ class HashScript(HashModel):
         self.runs = threading.Event()
         """Cleared: the next step waits."""
         self.runs.set()
-        self.before_forward = lambda batch: self._wait()
+        self._steps_left: int | None = None
+        self.before_forward = self._brake
 
-    def _wait(self) -> None:
+    def stop_after(self, steps: int | None) -> None:
+        """Let so many more steps run, then wait; None lets it run on."""
+        self._steps_left = steps
+        self.runs.set() if steps is None else None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a step waits."""
+        return not self.runs.is_set()
+
+    def _brake(self, batch: Any) -> None:
+        if self._steps_left is not None:
+            if self._steps_left == 0:
+                self.runs.clear()
+            else:
+                self._steps_left -= 1
         assert self.runs.wait(30)
