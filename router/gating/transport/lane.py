@@ -16,12 +16,14 @@ import time
 import grpc
 
 from protos import codec
-from protos.errors import ExpertMeshError, GroupLostError, from_rpc_error
+from protos.errors import DeadlineExceededError, ExpertMeshError, GroupLostError, from_rpc_error
 from protos.ids import host_id
 from protos.v1 import experts_pb2, experts_pb2_grpc
 from router.gating.transport.base import FrameBuffer
 
 SOCKET_BUFFER_BYTES = 4 << 20
+REASON_TIMEOUT_S = 1.0
+"""A refused connection or certificate is known at once."""
 
 
 class LaneTransport:
@@ -66,7 +68,7 @@ class LaneTransport:
                 request, timeout=self._connect_timeout_s, wait_for_ready=True
             )
         except grpc.RpcError as error:
-            refusal = from_rpc_error(error)
+            refusal = self._refusal(error)
             raise GroupLostError(group_id=self.group_id, detail=f"OpenLane: {refusal}") from refusal
         left_s = max(0.1, end - time.monotonic())
         lane: socket.socket | None = None
@@ -92,6 +94,16 @@ class LaneTransport:
         timeout = struct.pack("ll", int(self._connect_timeout_s) + 1, 0)
         lane.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         self._socket = lane
+
+    def _refusal(self, error: grpc.RpcError) -> ExpertMeshError:
+        """Return why `OpenLane` failed; where it waited in vain, why nothing connects."""
+        first = from_rpc_error(error)
+        if isinstance(first, DeadlineExceededError):
+            try:
+                self._stub.GetState(experts_pb2.GetStateRequest(), timeout=REASON_TIMEOUT_S)
+            except grpc.RpcError as now:
+                return from_rpc_error(now)
+        return first
 
     @staticmethod
     def _greet(lane: socket.socket, token: bytes) -> None:

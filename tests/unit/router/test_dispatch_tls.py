@@ -175,3 +175,7 @@ def test_a_member_does_not_send_rows_to_an_impostor(cluster: Cluster) -> None:
     with pytest.raises(GroupLostError, match="CERTIFICATE_VERIFY_FAILED"):
         output(dispatcher)
     dispatcher.close()
+    with Access(tls=trusting_others).channel(cluster.servers[0].address) as channel:
+        lane = lane_module.LaneTransport("a", channel, "router-test", connect_timeout_s=0.5)
+        with pytest.raises(GroupLostError, match="CERTIFICATE_VERIFY_FAILED"):
+            lane.open()
