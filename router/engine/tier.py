@@ -19,8 +19,8 @@ cache block. Positions are token counts: position p stands between tokens p - 1 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -157,6 +157,13 @@ class TierStats:
     loads: int = 0
     load_failures: int = 0
     """Loads that ended below the wanted position."""
+    counters: Mapping[str, float] = field(default_factory=dict)
+    """Everything counted, under the metrics' names: what was found and lost, what was dropped and
+    why, seconds of a restore's parts, decisions."""
+    gauges: Mapping[str, float] = field(default_factory=dict)
+    """What is measured now: bandwidth, prefill rate."""
+    breakers: Mapping[str, str] = field(default_factory=dict)
+    """Server -> state of its breaker."""
 
 
 class Tier(Protocol):
@@ -178,6 +185,8 @@ class Tier(Protocol):
         num_bytes: int,
         release: Callable[[], None],
         ttl_class: TtlClass,
+        *,
+        num_tokens: int = 0,
     ) -> bool:
         """Write one cache block behind the step.
 
@@ -188,6 +197,7 @@ class Tier(Protocol):
             num_bytes: Size of the value without header.
             release: Called once, when `read` is not going to be called any more.
             ttl_class: How long it is worth keeping.
+            num_tokens: Tokens up to its end: of one class, the tail of a prefix goes first.
 
         Returns:
             False where it was dropped at once; then neither `read` nor `release` is called.
