@@ -35,7 +35,8 @@ from experts.weights import SafetensorsCheckpoint
 from protos.errors import InternalError
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
 from router.engine.batch import Batch
-from router.engine.engine import Engine, EngineConfig
+from router.engine.config import EngineConfig
+from router.engine.engine import Engine
 from router.gateway.defaults import SamplingDefaults
 from router.gateway.delivery import LoopDelivery
 from router.gateway.gating import GatingServicer

@@ -133,6 +133,10 @@ class BatchRows:
         sequence.blocks.append(block)
         self._room[sequence.row] += self._block_size
 
+    def rewrite(self, sequence: Sequence) -> None:
+        """Take over a changed block table of a decoding sequence."""
+        self._write_blocks(sequence.row, sequence)
+
     def advance(self, token_ids: NDArray[np.int64]) -> None:
         """Move every decoding row on: its token is computed, `token_ids[row]` is its next."""
         count = len(self.sequences)

@@ -18,137 +18,41 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from protos.errors import (
-    ConfigurationError,
-    ContextLengthExceededError,
     DeadlineExceededError,
-    DrainingError,
-    DuplicateRequestError,
     EngineStoppedError,
     ExpertMeshError,
     InternalError,
-    InvalidFieldError,
     NonFiniteError,
     QueueFullError,
-    ResourceError,
 )
-from router.engine.batch import Batch
 from router.engine.batch_rows import BatchRows, BuiltBatch, PrefillChunk
 from router.engine.block_manager import BlockManager
 from router.engine.candidates import token_logprobs
+from router.engine.chain import HashChain
+from router.engine.checks import check_request
+from router.engine.config import EngineConfig, EngineStats, ReuseStats
+from router.engine.inbox import Inbox
+from router.engine.model import Model
+from router.engine.prefix_cache import PrefixUse
 from router.engine.request import EngineRequest, FinishReason, Sink, StepOutput
+from router.engine.restore import reuse_of
+from router.engine.reuse import Reuse
 from router.engine.sampler import sample
 from router.engine.scheduler import Scheduler
-from router.engine.sequence import Sequence
+from router.engine.sequence import Sequence, SequenceState
 from router.engine.state_pool import StatePool
+from router.engine.tier import Tier
 
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[list[tuple[Sink, StepOutput]]], None]
-
-
-class Model(Protocol):
-    """What the engine needs of a model. A float attribute `dispatch_s`, where there is one, is the
-    time it has spent waiting for experts."""
-
-    def allocate_caches(self, num_blocks: int, block_size: int, num_state_slots: int) -> Any:
-        """Return the KV blocks and state slots of all layers."""
-        ...
-
-    def forward(self, batch: Batch, caches: Any) -> Tensor:
-        """Compute a batch, update the caches, return the wanted logits, float32 `[L, vocab]`.
-
-        The engine may change the logits in place. The batch's tensors are on the CPU and valid
-        during the call.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """Sizes of one engine."""
-
-    vocab_size: int
-    """Width of the logits."""
-
-    max_model_len: int
-    """Most tokens of a sequence, prompt and generated."""
-
-    num_blocks: int
-    """KV blocks."""
-
-    num_state_slots: int
-    """State slots; fewer than `max_num_seqs` limit the running sequences further."""
-
-    block_size: int = 16
-    """Tokens a KV block."""
-
-    max_num_seqs: int = 256
-    """Most running sequences."""
-
-    max_num_batched_tokens: int = 2048
-    """Most tokens of a step, at least `max_num_seqs`."""
-
-    max_queued: int = 1024
-    """Most sequences that wait beyond those that `max_num_seqs` lets run."""
-
-    max_prompt_rows: int = 256
-    """Most prompt positions a step whose logits are computed for prompt log-probabilities."""
-
-    eos_token_ids: tuple[int, ...] = ()
-    """Tokens that end a sequence unless it ignores them."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "max_model_len",
-            "num_blocks",
-            "num_state_slots",
-            "block_size",
-            "max_num_seqs",
-            "max_prompt_rows",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(
-                    f"engine.{name}", "must be at least 1", getattr(self, name)
-                )
-        if self.max_queued < 0:
-            raise ConfigurationError("engine.max_queued", "must be at least 0", self.max_queued)
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigurationError(
-                "engine.max_num_batched_tokens",
-                f"must be at least max_num_seqs ({self.max_num_seqs}): every decoding sequence "
-                "adds a token to every step",
-                self.max_num_batched_tokens,
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """What the engine holds, and, in the counts without `num_`, has done since its start."""
-
-    num_running: int
-    num_waiting: int
-    num_blocks_used: int
-    num_blocks: int
-    num_state_slots_used: int
-    num_state_slots: int
-    prompt_tokens: int
-    """Computed in prefills of prompts; not counting recomputation after a preemption."""
-    generation_tokens: int
-    preemptions: int
-    steps: int
-    step_s: float
-    """Time in steps that ran the model."""
-    dispatch_s: float
-    """Time in which the model waited for experts."""
 
 
 class Engine:
@@ -161,6 +65,7 @@ class Engine:
         *,
         clock: Callable[[], float] = time.monotonic,
         deliver: Deliver | None = None,
+        tier: Tier | None = None,
     ) -> None:
         """Allocate the caches; `start` begins to run.
 
@@ -169,6 +74,8 @@ class Engine:
             config: Sizes.
             clock: Monotonic seconds; deadlines and timings are on it.
             deliver: Takes a step's outputs at once and must not raise; None calls each sink.
+            tier: Holds prefixes beyond the pool; None: the pool is all. Closed by its owner, after
+                the engine has stopped.
         """
         self.config = config
         self._model = model
@@ -179,6 +86,11 @@ class Engine:
         )
         self._blocks = BlockManager(config.num_blocks, config.block_size)
         self._state_slots = StatePool(config.num_state_slots)
+        self._inbox = Inbox()
+        self._reuse, self._restorer = reuse_of(
+            model, self._caches, self._blocks, config, tier, self._inbox.post, clock
+        )
+        restorer = self._restorer
         self._scheduler = Scheduler(
             blocks=self._blocks,
             state_slots=self._state_slots,
@@ -192,6 +104,10 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_prompt_rows=config.max_prompt_rows,
+            reuse=self._reuse,
+            load=None
+            if restorer is None
+            else lambda s: restorer.load(s, self._scheduler.end_restore),
         )
         self._outputs: list[tuple[Sink, StepOutput]] = []
         self._next_deadline = float("inf")
@@ -199,13 +115,6 @@ class Engine:
         self._finish_interval_s = 1.0
         self._prompt_tokens = self._generation_tokens = self._steps = 0
         self._step_s = 0.0
-        # Shared with the callers' threads, under the lock:
-        self._wake = threading.Condition()
-        self._live: dict[str, list[Sequence]] = {}
-        self._inbox: list[Sequence] = []
-        self._cancelled: list[Sequence] = []
-        self._num_submitted = 0
-        self._is_draining = self._is_stopped = False
         self._thread: threading.Thread | None = None
 
     # What any thread may call.
@@ -237,8 +146,7 @@ class Engine:
         """
         config = self.config
         prompt = np.array(request.prompt_ids, dtype=np.int64)
-        self._check(request, prompt)
-        count = request.sampling.n
+        check_request(request, prompt, config, self._blocks)
         sequences = [
             Sequence(
                 request,
@@ -249,27 +157,19 @@ class Engine:
                 now=self._clock(),
                 max_model_len=config.max_model_len,
                 eos_token_ids=config.eos_token_ids,
+                prefix=self._new_prefix(request, prompt),
             )
-            for index in range(count)
+            for index in range(request.sampling.n)
         ]
-        with self._wake:
-            if self._is_stopped:
-                raise EngineStoppedError()
-            if self._is_draining:
-                raise DrainingError()
-            if request.request_id in self._live:
-                raise DuplicateRequestError(request.request_id)
-            ahead = len(self._scheduler.waiting) + len(self._inbox)
+
+        def count_ahead(num_submitted: int) -> int:
+            ahead = self._scheduler.num_waiting + num_submitted
             places = max(0, config.max_num_seqs - self._scheduler.num_running)
-            if ahead + count > config.max_queued + places:
+            if ahead + len(sequences) > config.max_queued + places:
                 raise QueueFullError(ahead, config.max_queued, self._finish_interval_s)
-            for sequence in sequences:
-                sequence.arrival = self._num_submitted
-                self._num_submitted += 1
-            self._live[request.request_id] = sequences
-            self._inbox += sequences
-            self._wake.notify()
-        return ahead
+            return ahead
+
+        return self._inbox.submit(sequences, count_ahead)
 
     def cancel(self, request: str | EngineRequest, reason: str = "") -> bool:
         """End a live request: its sequences' last outputs come within one step.
@@ -282,23 +182,14 @@ class Engine:
             Whether the request was live.
         """
         request_id = request if isinstance(request, str) else request.request_id
-        with self._wake:
-            sequences = self._live.get(request_id)
-            if not sequences:
-                return False
-            if not isinstance(request, str) and sequences[0].request is not request:
-                return False
-            # The sequences, not the id: it may be free and taken again before the next step.
-            self._cancelled += sequences
-            self._wake.notify()
+        if not self._inbox.cancel(request_id, None if isinstance(request, str) else request):
+            return False
         logger.info("request.cancelled id=%s reason=%s", request_id, reason or "-")
         return True
 
     def drain(self) -> None:
         """Take no more requests; those that are live run to their end."""
-        with self._wake:
-            self._is_draining = True
-            self._wake.notify()
+        self._inbox.drain()
 
     def stop(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Stop the engine thread and wait for it. Does nothing the second time.
@@ -310,9 +201,7 @@ class Engine:
         self.drain()
         if drain and self._thread is not None:
             self._thread.join(timeout_s)
-        with self._wake:
-            self._is_stopped = True
-            self._wake.notify()
+        self._inbox.stop()
         if self._thread is not None:
             self._thread.join()
         else:
@@ -321,15 +210,14 @@ class Engine:
     @property
     def num_live(self) -> int:
         """Requests that have not ended; exact at any moment, unlike `stats`."""
-        with self._wake:
-            return len(self._live)
+        return self._inbox.num_live
 
     def stats(self) -> EngineStats:
         """Return a snapshot; numbers of a step that is under way may be half there."""
         scheduler = self._scheduler
         return EngineStats(
             num_running=scheduler.num_running,
-            num_waiting=len(scheduler.waiting) + len(self._inbox),
+            num_waiting=scheduler.num_waiting + self._inbox.num_submitted,
             num_blocks_used=self._blocks.num_used,
             num_blocks=self._blocks.num_blocks,
             num_state_slots_used=self._state_slots.num_used,
@@ -340,40 +228,18 @@ class Engine:
             steps=self._steps,
             step_s=self._step_s,
             dispatch_s=float(getattr(self._model, "dispatch_s", 0.0)),
+            reuse=ReuseStats()
+            if self._reuse is None
+            else self._reuse.stats(len(scheduler.probing) + len(scheduler.restoring)),
         )
 
-    def _check(self, request: EngineRequest, prompt: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        config = self.config
-        vocab = f"must be in [0, {config.vocab_size})"
-        max_tokens = request.stopping.max_tokens
-        if not len(prompt):
-            raise InvalidFieldError("tokens.ids", "must not be empty", 0)
-        if max_tokens is not None and max_tokens < 1:
-            raise InvalidFieldError("stopping.max_tokens", "must be at least 1", max_tokens)
-        wanted = 1 if max_tokens is None else max_tokens
-        if len(prompt) + wanted > config.max_model_len:
-            raise ContextLengthExceededError(len(prompt), wanted, config.max_model_len)
-        for field, low, high in (
-            ("tokens.ids", int(prompt.min()), int(prompt.max())),
-            ("resume_tokens.ids", *_ends(request.forced_ids)),
-            ("sampling.logit_bias", *_ends(request.sampling.logit_bias)),
-            ("stopping.stop_token_ids", *_ends(request.stopping.stop_token_ids)),
-        ):
-            if low < 0 or high >= config.vocab_size:
-                raise InvalidFieldError(field, vocab, low if low < 0 else high)
-        most = config.max_num_seqs + config.max_queued
-        if not 1 <= request.sampling.n <= most:
-            raise InvalidFieldError("sampling.n", f"must be in [1, {most}]", request.sampling.n)
-        most_tokens = config.max_model_len if max_tokens is None else len(prompt) + max_tokens
-        need = self._blocks.blocks_for(most_tokens - 1)
-        if need > config.num_blocks:
-            raise ResourceError(
-                "KV blocks",
-                str(need),
-                str(config.num_blocks),
-                f"{most_tokens} tokens at {config.block_size} a block: lower max_tokens "
-                "or give the engine more blocks",
-            )
+    def _new_prefix(self, request: EngineRequest, prompt: NDArray[np.int64]) -> PrefixUse | None:
+        if self._reuse is None:
+            return None
+        chain = HashChain(request.namespace or self.config.namespace)
+        chain.extend(prompt)
+        chain.extend(request.forced_ids)
+        return PrefixUse(chain)
 
     # The engine thread.
 
@@ -382,24 +248,24 @@ class Engine:
         logger.info("engine.started num_blocks=%d", self.config.num_blocks)
         reason: ExpertMeshError = EngineStoppedError()
         try:
-            while self._await_work():
-                self.step()
+            did_run = True
+            while self._await_work(did_run):
+                did_run = self.step()
         except Exception as error:
             logger.exception("engine.failed")
             reason = InternalError(f"the engine failed: {type(error).__name__}: {error}")
         self._abandon(reason)
         logger.info("engine.stopped steps=%d", self._steps)
 
-    def _await_work(self) -> bool:
-        """Sleep until there is something to do; return False when the engine is to end."""
-        if self._scheduler.has_work and not self._is_stopped:
+    def _await_work(self, did_run: bool) -> bool:
+        """Sleep until there is something to do; return False when the engine is to end.
+
+        A step that ran nothing left nothing to run: until a call or a deadline comes, what is live
+        waits for the tier.
+        """
+        if did_run and self._scheduler.has_work and not self._inbox.is_stopped:
             return True
-        with self._wake:
-            while not (self._is_stopped or self._live):
-                if self._is_draining:
-                    return False
-                self._wake.wait()
-            return not self._is_stopped
+        return self._inbox.wait(lambda: self._next_deadline - self._clock())
 
     def step(self) -> bool:
         """Do one step. Tests without a thread call this; otherwise only the engine thread does.
@@ -408,39 +274,58 @@ class Engine:
             Whether the model ran.
         """
         begin = self._clock()
-        if self._inbox or self._cancelled:
+        if self._inbox.has_calls:
             self._take_calls(begin)
         if begin >= self._next_deadline:
             self._expire(begin)
         chunks = self._scheduler.schedule(begin)
         has_batch = bool(chunks or self._scheduler.rows.sequences)
         if has_batch:
+            num_decoding = self._scheduler.rows.num_decoding
             self._compute(chunks)
             self._steps += 1
-            self._step_s += self._clock() - begin
+            seconds = self._clock() - begin
+            self._step_s += seconds
         if self._outputs:
             self._hand_out()
+        if chunks and self._reuse is not None:
+            self._note_computed(self._reuse, chunks)
+            if self._restorer is not None:
+                self._restorer.note_step(chunks, num_decoding, seconds)
         return has_batch
 
+    def _note_computed(self, reuse: Reuse, chunks: list[PrefillChunk]) -> None:
+        """Keep what a step has prefilled, once its outputs are on their way."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if not sequence.is_finished and reuse.note_computed(sequence) and sequence.is_decoding:
+                self._scheduler.rows.rewrite(sequence)
+
     def _take_calls(self, now: float) -> None:
-        with self._wake:
-            submitted, self._inbox = self._inbox, []
-            cancelled, self._cancelled = self._cancelled, []
-            # Under the lock, so that a submitted sequence is always in the inbox or in the queue.
-            for sequence in submitted:
-                self._scheduler.add(sequence)
-                if sequence.request.deadline is not None:
-                    self._next_deadline = min(self._next_deadline, sequence.request.deadline)
+        scheduler = self._scheduler
+
+        def queue(sequence: Sequence) -> None:
+            if self._restorer is None:
+                scheduler.add(sequence)
+            else:
+                scheduler.begin_probe(sequence)
+
+        submitted, cancelled = self._inbox.take(queue)
+        for sequence in submitted:
+            if sequence.request.deadline is not None:
+                self._next_deadline = min(self._next_deadline, sequence.request.deadline)
+            if self._restorer is not None:
+                self._restorer.probe(sequence, scheduler.end_probe)
         for sequence in cancelled:
             if not sequence.is_finished:
                 self._finish(sequence, self._output(sequence), FinishReason.CANCELLED, now)
+        for call in self._inbox.take_posted():
+            call()
 
     def _expire(self, now: float) -> None:
         """End the sequences whose deadline has passed and find the next deadline."""
         self._next_deadline = float("inf")
-        with self._wake:
-            sequences = [s for live in self._live.values() for s in live]
-        for sequence in sequences:
+        for sequence in self._inbox.live_sequences():
             deadline = sequence.request.deadline
             if deadline is None:
                 continue
@@ -510,10 +395,15 @@ class Engine:
             return
         before = sequence.prompt_reported
         if (progress := sequence.report_prefill()) is not None:
-            self._prompt_tokens += progress.tokens_done - before
+            self._count_prompt(sequence, before)
             output = self._output(sequence)
             output.prefill = progress
             self._outputs.append((sequence.sink, output))
+
+    def _count_prompt(self, sequence: Sequence, before: int) -> None:
+        """Count prompt tokens computed since the last report."""
+        computed = sequence.prompt_reported - max(before, sequence.num_cached)
+        self._prompt_tokens += max(0, computed)
 
     def _draw(self, sampled: list[Sequence], logits: Tensor) -> None:
         """Draw a token for each sequence, one a row of the logits, and move the sequences on."""
@@ -545,7 +435,7 @@ class Engine:
             else:
                 before = sequence.prompt_reported
                 output.prefill = sequence.report_prefill()
-                self._prompt_tokens += sequence.prompt_reported - before
+                self._count_prompt(sequence, before)
             try:
                 reason = sequence.append(token_id, now)
             except Exception as error:  # the stop checker is the caller's code
@@ -575,6 +465,11 @@ class Engine:
         self, sequence: Sequence, output: StepOutput, reason: FinishReason | None, now: float
     ) -> None:
         """Free all that a sequence owns and queue its last output."""
+        if self._reuse is not None and sequence.state is SequenceState.RUNNING:
+            if reason is not None:
+                self._reuse.leave(sequence)
+            elif isinstance(output.error, NonFiniteError):
+                self._reuse.distrust(sequence)
         self._scheduler.finish(sequence)
         output.finish_reason = reason
         output.timings = sequence.timings(now)
@@ -584,11 +479,7 @@ class Engine:
             interval_s = 0.8 * self._finish_interval_s + 0.2 * (now - self._last_finish_s)
             self._finish_interval_s = min(max(interval_s, 0.1), 30.0)
         self._last_finish_s = now
-        with self._wake:
-            live = self._live[sequence.request_id]
-            live.remove(sequence)
-            if not live:
-                del self._live[sequence.request_id]
+        self._inbox.remove(sequence)
 
     def _hand_out(self) -> None:
         outputs, self._outputs = self._outputs, []
@@ -604,17 +495,9 @@ class Engine:
 
     def _abandon(self, error: ExpertMeshError) -> None:
         """End everything that is live, and take nothing more."""
-        with self._wake:
-            self._is_stopped = True
+        self._inbox.stop()
         now = self._clock()
         self._take_calls(now)
-        with self._wake:
-            sequences = [s for live in self._live.values() for s in live]
-        for sequence in sequences:
+        for sequence in self._inbox.live_sequences():
             self._fail(sequence, error, now)
         self._hand_out()
-
-
-def _ends(ids: Any) -> tuple[int, int]:
-    """Return the least and the greatest of some token ids; 0 and 0 where there are none."""
-    return (min(ids), max(ids)) if ids else (0, 0)

@@ -50,7 +50,7 @@ class SamplingParams:
     """64 bits. The gateway draws one where the client gave none."""
 
     n: int = 1
-    """Sequences of this request; each prefills the prompt itself."""
+    """Sequences of this request; where prefixes are reused, one prefills the prompt for all."""
 
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids."""
@@ -84,6 +84,18 @@ class StopChecker(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SessionHint:
+    """What the record of a session says about its cached values, and who keeps the record."""
+
+    snapshot_positions: tuple[int, ...] = ()
+    """Token counts at which the tier may hold a snapshot."""
+
+    on_snapshot: Callable[[int, bytes], None] | None = None
+    """Told position and position hash of a snapshot of this request, once the tier holds it. Runs
+    on a thread of the tier, perhaps after the request's end; must be cheap and not raise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """One request: a prompt and how to continue it."""
 
@@ -109,6 +121,17 @@ class EngineRequest:
     """Generated tokens that are there already, drawn by another router. They count as output in
     everything (penalties, limits, stop strings, random numbers), are prefilled and not sent. None
     of them ends the sequence."""
+
+    namespace: str = ""
+    """Seed of the names of its prefixes: requests of different namespaces share nothing. Empty: the
+    engine's own."""
+
+    junctions: tuple[int, ...] = ()
+    """Prompt positions up to which other requests will begin alike, such as the end of the system
+    prompt; rounded down to multiples of 128."""
+
+    session: SessionHint | None = None
+    """None: no session."""
 
 
 class FinishReason(Enum):
@@ -145,6 +168,7 @@ class PrefillProgress:
     tokens_done: int
     tokens_total: int
     tokens_cached: int
+    """Of `tokens_done`: not computed, because an earlier sequence had."""
     prompt_logprobs: Logprobs | None
     """Of the prompt's second to last token (the first has no distribution), in the output where
     prefill ends."""

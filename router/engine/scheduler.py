@@ -8,14 +8,26 @@ neither the model nor the sampler nor time, except the moment it is told.
 Blocks for all tokens that a sequence has are taken at its admission, so a prefill never runs dry
 half way; a decoding sequence takes one block at a time. The oldest running sequence never gives
 way to another, and alone it always fits (`Engine.submit` sees to that): there is always progress.
+
+Where a sequence is, and what it owns:
+
+    probing      nothing; the tier looks for its prefix
+    waiting      nothing
+    restoring    blocks and a state slot; the tier fills them, and must let go before they are freed
+    prefilling   blocks and a state slot
+    decoding     blocks, a state slot and a row
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from router.engine.batch_rows import BatchRows, PrefillChunk
 from router.engine.block_manager import BlockManager
+from router.engine.chain import CACHE_BLOCK
+from router.engine.prefix_cache import NO_MATCH, Match
+from router.engine.reuse import Reuse
 from router.engine.sequence import Sequence, SequenceState
 from router.engine.state_pool import StatePool
 
@@ -32,9 +44,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_prompt_rows: int,
+        reuse: Reuse | None = None,
+        load: Callable[[Sequence], None] | None = None,
     ) -> None:
+        self.probing: dict[Sequence, None] = {}
         self.waiting: deque[Sequence] = deque()
-        """Oldest first: only newer sequences than all running ones wait."""
+        """Oldest first."""
+        self.restoring: list[Sequence] = []
+        """Finished ones too, until the tier has let go of their blocks."""
         self.prefilling: list[Sequence] = []
         """Oldest first."""
         self.rows = rows
@@ -44,20 +61,47 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_prompt_rows = max_prompt_rows
+        self._reuse = reuse
+        self._load = load
 
     @property
     def num_running(self) -> int:
         """Sequences that own blocks and a state slot."""
-        return len(self.prefilling) + self.rows.num_decoding
+        return len(self.restoring) + len(self.prefilling) + self.rows.num_decoding
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that own nothing yet."""
+        return len(self.probing) + len(self.waiting)
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is not finished."""
+        """Whether any sequence waits for a step."""
         return bool(self.waiting or self.prefilling or self.rows.sequences)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a new sequence at the end of the queue."""
-        self.waiting.append(sequence)
+        """Put a sequence into the queue, by age."""
+        _insert(self.waiting, sequence)
+
+    def begin_probe(self, sequence: Sequence) -> None:
+        """Keep a new sequence out of the queue while the tier looks for its prefix."""
+        sequence.state = SequenceState.PROBING
+        self.probing[sequence] = None
+
+    def end_probe(self, sequence: Sequence) -> None:
+        """Queue a sequence whose prefix was looked for."""
+        del self.probing[sequence]
+        sequence.state = SequenceState.WAITING
+        self.add(sequence)
+
+    def end_restore(self, sequence: Sequence) -> None:
+        """Let a sequence prefill, or free what it owns if it has finished meanwhile."""
+        self.restoring.remove(sequence)
+        if sequence.is_finished:
+            self._free(sequence)
+        else:
+            sequence.state = SequenceState.RUNNING
+            _insert(self.prefilling, sequence)
 
     def schedule(self, now: float) -> list[PrefillChunk]:
         """Choose the next step: all decoding rows, and the chunks returned.
@@ -67,6 +111,7 @@ class Scheduler:
         """
         preempted_before = self.num_preemptions
         for sequence in self.rows.needing_a_block():
+            self._keep_filled(sequence)
             self._make_room(sequence)
         if not self.prefilling and not self.waiting:
             return []
@@ -74,6 +119,13 @@ class Scheduler:
         if self.num_preemptions == preempted_before:
             self._admit(budget - sum(s.num_to_compute for s in self.prefilling), now)
         return self._chunks(budget)
+
+    def _keep_filled(self, sequence: Sequence) -> None:
+        """Make a cache block findable that a decoding sequence has just filled. (A sequence that
+        fills a cache block has filled a block.)"""
+        is_due = sequence.is_decoding and sequence.num_computed % CACHE_BLOCK == 0
+        if self._reuse is not None and is_due and self._reuse.note_computed(sequence):
+            self.rows.rewrite(sequence)
 
     def _make_room(self, sequence: Sequence) -> None:
         """Give a decoding sequence a block, unless it gives way itself or already has."""
@@ -87,13 +139,15 @@ class Scheduler:
         return self.prefilling + self.rows.sequences
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Send a running sequence back to the head of the queue with all its tokens."""
+        """Send a running sequence back to the queue with all its tokens."""
+        if self._reuse is not None:
+            self._reuse.leave(sequence)
         self._release(sequence)
         sequence.state = SequenceState.PREEMPTED
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.add(sequence)
 
     def _admit(self, budget: int, now: float) -> None:
         """Admit waiting sequences while tokens, rows, state slots and blocks are left.
@@ -104,17 +158,37 @@ class Scheduler:
         while budget > 0 and self.waiting and self._state_slots.num_free:
             num_running = self.num_running
             sequence = self.waiting[0]
-            need = self._blocks.blocks_for(sequence.num_tokens)
-            if num_running >= self._max_num_seqs or need + num_running > self._blocks.num_free:
+            if num_running >= self._max_num_seqs:
+                return
+            match = NO_MATCH if self._reuse is None else self._reuse.find(sequence)
+            if match is None:
+                return
+            need = self._blocks.blocks_for(sequence.num_tokens) - match.num_blocks
+            if need + match.num_spare + num_running > self._blocks.num_free:
                 return
             self.waiting.popleft()
-            sequence.blocks = self._blocks.allocate(need)
-            sequence.state_slot = self._state_slots.acquire()
-            sequence.state = SequenceState.RUNNING
+            self._start(sequence, match, need)
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
-            self.prefilling.append(sequence)
-            budget -= sequence.num_to_compute
+            if sequence.state is SequenceState.RUNNING:
+                budget -= sequence.num_to_compute
+
+    def _start(self, sequence: Sequence, match: Match, need: int) -> None:
+        """Give a sequence what it needs to run, and its prefix."""
+        if self._reuse is not None:
+            self._reuse.share(sequence, match)
+        sequence.blocks += self._blocks.allocate(need)
+        sequence.state_slot = self._state_slots.acquire()
+        if self._reuse is not None:
+            self._reuse.restore(sequence, match)
+        use = sequence.prefix
+        if self._load is not None and use is not None and use.load_to > sequence.num_computed:
+            sequence.state = SequenceState.RESTORING
+            self.restoring.append(sequence)
+            self._load(sequence)
+        else:
+            sequence.state = SequenceState.RUNNING
+            _insert(self.prefilling, sequence)
 
     def _chunks(self, budget: int) -> list[PrefillChunk]:
         """Share the budget among the prefilling sequences, oldest first."""
@@ -124,7 +198,7 @@ class Scheduler:
             if budget == 0:
                 break
             start = sequence.num_computed
-            stop = start + min(sequence.num_to_compute, budget)
+            stop = min(start + min(sequence.num_to_compute, budget), sequence.next_cut)
             prompt_rows = range(0)
             if due := sequence.num_prompt_logprobs_due:
                 first = sequence.prompt_len - 1 - due
@@ -144,9 +218,16 @@ class Scheduler:
         self.rows.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free all it owns."""
+        """Take a sequence out, wherever it is, and free all it owns; what a load still writes to is
+        freed by `end_restore`."""
         if sequence.state is SequenceState.RUNNING:
             self._release(sequence)
+        elif sequence.state is SequenceState.PROBING:
+            del self.probing[sequence]
+        elif sequence.state is SequenceState.RESTORING:
+            assert sequence.prefix is not None
+            assert sequence.prefix.loading is not None
+            sequence.prefix.loading.set()
         else:
             self.waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
@@ -156,7 +237,19 @@ class Scheduler:
             self.rows.remove(sequence)
         else:
             self.prefilling.remove(sequence)
-        self._blocks.release(sequence.blocks)
+        self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        own = sequence.blocks if self._reuse is None else self._reuse.release(sequence)
+        self._blocks.release(own)
         self._state_slots.release(sequence.state_slot)
         sequence.blocks = []
         sequence.state_slot = -1
+
+
+def _insert(queue: list[Sequence] | deque[Sequence], sequence: Sequence) -> None:
+    """Insert by age, oldest first; most come in order."""
+    index = len(queue)
+    while index and queue[index - 1].arrival > sequence.arrival:
+        index -= 1
+    queue.insert(index, sequence)

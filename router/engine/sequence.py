@@ -5,7 +5,7 @@ properties are the vocabulary in which the scheduler and the engine are written.
 
 Words: a token is *computed* when it is in the caches. Every token but the newest is computed while
 a sequence decodes; a new or preempted sequence has none computed and prefills all of its tokens,
-generated ones included.
+generated ones included, but for those that the prefix cache or the tier puts in place.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import InvalidFieldError
+from router.engine.prefix_cache import PrefixUse
 from router.engine.request import (
     EngineRequest,
     FinishReason,
@@ -30,7 +31,11 @@ from router.engine.sampler import SamplerState
 class SequenceState(Enum):
     """Where a sequence stands."""
 
+    PROBING = "probing"
+    """New, and the tier is looking how far it could be restored."""
     WAITING = "waiting"
+    RESTORING = "restoring"
+    """Owns blocks and a state slot, which the tier is filling."""
     RUNNING = "running"
     """Owns blocks and a state slot."""
     PREEMPTED = "preempted"
@@ -49,9 +54,11 @@ class Sequence:
         "index",
         "last_token_s",
         "max_new_tokens",
+        "num_cached",
         "num_computed",
         "num_preemptions",
         "output_ids",
+        "prefix",
         "prompt",
         "prompt_len",
         "prompt_logprobs",
@@ -79,6 +86,7 @@ class Sequence:
         now: float,
         max_model_len: int,
         eos_token_ids: tuple[int, ...] = (),
+        prefix: PrefixUse | None = None,
     ) -> None:
         stopping = request.stopping
         self.request = request
@@ -111,6 +119,10 @@ class Sequence:
         self.row = -1
         """Row among the decoding sequences; -1 while it does not decode."""
         self.num_computed = 0
+        self.num_cached = 0
+        """Tokens that were in place when it first ran."""
+        self.prefix = prefix
+        """None where no prefixes are reused."""
         self.num_preemptions = 0
         self.prompt_logprobs = Logprobs() if request.prompt_logprobs is not None else None
         self.prompt_reported = 0
@@ -160,6 +172,12 @@ class Sequence:
         return self.state is SequenceState.FINISHED
 
     @property
+    def next_cut(self) -> int:
+        """Position at which its next prefill chunk ends at the latest."""
+        use = self.prefix
+        return use.snapshot_at[-1] if use is not None and use.snapshot_at else self.num_tokens
+
+    @property
     def num_prompt_logprobs_due(self) -> int:
         """Prompt tokens whose log-probability is still to be computed."""
         if self.prompt_logprobs is None:
@@ -199,7 +217,9 @@ class Sequence:
             return None
         self.prompt_reported = done
         is_whole = done == self.prompt_len
-        return PrefillProgress(done, self.prompt_len, 0, self.prompt_logprobs if is_whole else None)
+        cached = min(self.num_cached, self.prompt_len)
+        logprobs = self.prompt_logprobs if is_whole else None
+        return PrefillProgress(done, self.prompt_len, cached, logprobs)
 
     def timings(self, now: float) -> Timings:
         """Return where the time went, for the last output."""

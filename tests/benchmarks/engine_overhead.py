@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from router.engine.batch import Batch
-from router.engine.engine import Engine, EngineConfig
+from router.engine.config import EngineConfig
+from router.engine.engine import Engine
 from router.engine.request import EngineRequest, SamplingParams, StoppingParams
 
 BATCHES = (1, 8, 32, 256)

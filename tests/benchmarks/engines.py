@@ -15,7 +15,8 @@ from experts.planner import plan_placement
 from experts.runtime import ExpertRuntime
 from protos.codec import Combine, dtype_of_torch
 from router.engine.batch import Batch
-from router.engine.engine import Engine, EngineConfig
+from router.engine.config import EngineConfig
+from router.engine.engine import Engine
 from router.engine.request import EngineRequest, SamplingParams, StepOutput, StoppingParams
 from router.gating.dispatch import ExpertDispatcher
 from router.gating.packing import CallOptions

@@ -22,7 +22,8 @@ from experts.service import start_expert_server
 from protos import codec
 from protos.client import Client
 from protos.errors import GroupLostError, StalePlacementError
-from router.engine.engine import Engine, EngineConfig
+from router.engine.config import EngineConfig
+from router.engine.engine import Engine
 from router.gateway.delivery import LoopDelivery
 from router.gateway.generation import GenerationServicer
 from router.gateway.request_reader import ServedModel

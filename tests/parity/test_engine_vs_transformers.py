@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from router.engine.engine import Engine, EngineConfig
+from router.engine.config import EngineConfig
+from router.engine.engine import Engine
 from router.engine.request import EngineRequest, SamplingParams, StepOutput, StoppingParams
 from router.model.decoder import Decoder
 from router.model.ops import Ops

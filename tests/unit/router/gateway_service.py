@@ -14,7 +14,8 @@ from torch import Tensor
 
 from protos.client import Client, ClientConfig
 from router.engine.batch import Batch
-from router.engine.engine import Engine, EngineConfig
+from router.engine.config import EngineConfig
+from router.engine.engine import Engine
 from router.gateway.delivery import LoopDelivery
 from router.gateway.generation import GenerationServicer
 from router.gateway.request_reader import ServedModel

@@ -7,15 +7,18 @@ token after it. Each logit row is computed from its own sequence alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from router.engine.batch import Batch
+from router.engine.chain import CACHE_BLOCK
 
 MASK = 2**64 - 1
 
@@ -104,8 +107,52 @@ class HashModel:
         return torch.from_numpy(logits)
 
 
+class HashCacheIo:
+    """`router.engine.model.CacheIo` of a `HashModel`: eight bytes a token, eight a state."""
+
+    kv_block_bytes = 8 * CACHE_BLOCK
+    state_bytes = 8
+    layout: Mapping[str, Any] = {"layout": "hash"}
+
+    def __init__(self, caches: HashCaches, block_size: int) -> None:
+        self.caches = caches
+        self.block_size = block_size
+
+    def tail_bytes(self, num_tokens: int) -> int:
+        return 8 * num_tokens
+
+    def read_blocks(self, blocks: Sequence[int], out: Any) -> None:
+        self.read_tail(blocks, CACHE_BLOCK, out)
+
+    def write_blocks(self, blocks: Sequence[int], values: Any) -> None:
+        self.write_tail(blocks, CACHE_BLOCK, values)
+
+    def read_tail(self, blocks: Sequence[int], num_tokens: int, out: Any) -> None:
+        tokens = [token for block in blocks for token in self.caches.tokens[block]]
+        np.frombuffer(out, np.int64)[:] = tokens[:num_tokens]
+
+    def write_tail(self, blocks: Sequence[int], num_tokens: int, values: Any) -> None:
+        for position, token in enumerate(np.frombuffer(values, np.int64).tolist()):
+            assert position < num_tokens
+            page = self.caches.tokens[blocks[position // self.block_size]]
+            page[position % self.block_size] = token
+
+    def read_state(self, slot: int, out: Any) -> None:
+        np.frombuffer(out, np.uint64)[:] = self.caches.states[slot]
+
+    def write_state(self, slot: int, values: Any) -> None:
+        self.caches.states[slot] = int(np.frombuffer(values, np.uint64)[0])
+
+
+class ReusingHashModel(HashModel):
+    """A `HashModel` that gives access to its caches."""
+
+    def cache_io(self, caches: HashCaches) -> HashCacheIo:
+        return HashCacheIo(caches, self.block_size)
+
+
 def check_batch(batch: Batch, block_size: int) -> None:
-    """Assert what `Batch` promises, and that no block or slot serves two sequences."""
+    """Assert what `Batch` promises, and that nothing is written that another sequence reads."""
     assert batch.num_tokens > 0
     starts = batch.query_start.tolist()
     assert starts[0] == 0
@@ -118,11 +165,15 @@ def check_batch(batch: Batch, block_size: int) -> None:
     rows = batch.logit_rows.tolist()
     assert rows == sorted(set(rows))
     assert len(set(batch.state_slots.tolist())) == batch.num_sequences
-    blocks = []
+    readers: Counter[int] = Counter()
+    written: set[int] = set()
     for s, context in enumerate(contexts):
         first = int(batch.context_lens[s])
         assert batch.positions[starts[s] : starts[s + 1]].tolist() == list(range(first, context))
-        blocks += batch.block_tables[s, : -(-context // block_size)].tolist()
-    assert len(blocks) == len(set(blocks))
+        blocks = batch.block_tables[s, : -(-context // block_size)].tolist()
+        assert len(blocks) == len(set(blocks))
+        readers.update(blocks)
+        written.update(blocks[first // block_size :])
+    assert all(readers[block] == 1 for block in written)
     for tensor in (batch.token_ids, batch.positions, batch.block_tables, batch.logit_rows):
         assert tensor.is_contiguous()

@@ -1,0 +1,340 @@
+"""Gives sequences the prefixes that are already computed, and keeps what they compute.
+
+Decides where snapshots are taken and what is offered to the tier; what is found and given up is the
+prefix cache's. Runs in the engine thread, beside the scheduler:
+
+    find -> share -> restore     at admission: how far, whose blocks, state and tail into place
+    note_computed                after a step: full cache blocks become findable, snapshots taken
+    leave                        at the end of a turn: a snapshot of all that was computed
+    release                      blocks back, the last cache block first
+
+Snapshots stand at the prompt's end and the turn's, at junctions, where KV was found beyond the
+deepest snapshot (so the second sighting of a prefix makes it restorable), and at intervals of a
+long prefill or decode. A prefill chunk ends there.
+
+While one sequence prefills towards a snapshot that another one could start from, the other waits:
+its tokens would come after the first one's anyway, and it saves them. That is how the n sequences
+of a request share its prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from router.engine.block_manager import BlockManager
+from router.engine.chain import CACHE_BLOCK
+from router.engine.config import EngineConfig, ReuseStats
+from router.engine.model import CacheIo
+from router.engine.prefix_cache import CachedBlock, Match, PrefixCache, PrefixUse
+from router.engine.sequence import Sequence
+from router.engine.tier import Snapshot, Tier, TtlClass
+
+logger = logging.getLogger(__name__)
+
+Post = Callable[[Callable[[], None]], None]
+"""Lets the engine thread call something; any thread may post."""
+
+_WRITING_SHARE = 4
+"""At most this part of the blocks is held for writes to the tier."""
+
+
+class Reuse:
+    """The prefix cache at work.
+
+    Args:
+        blocks: The pool.
+        io: Its memory.
+        config: Budgets and intervals.
+        tier: Gets what is computed; None keeps it here.
+        post: Brings the tier's callbacks into the engine thread.
+    """
+
+    def __init__(
+        self, blocks: BlockManager, io: CacheIo, config: EngineConfig, tier: Tier | None, post: Post
+    ) -> None:
+        self.cache = PrefixCache(blocks, config.max_snapshot_bytes)
+        self._blocks = blocks
+        self._io = io
+        self._config = config
+        self._tier = tier
+        self._post = post
+        self._per = self.cache.blocks_per_entry
+        self._expected: dict[bytes, Sequence] = {}
+        """Positions where a running sequence is going to leave a snapshot."""
+        self._num_writing = 0
+        self._hit_tokens = self._restored_tokens = self._lost_tokens = 0
+        self._num_snapshots = self._skipped_writes = 0
+
+    def stats(self, num_restoring: int) -> ReuseStats:
+        """Return what is held and was done."""
+        cache = self.cache
+        return ReuseStats(
+            is_on=True,
+            num_blocks=cache.num_blocks,
+            num_snapshots=cache.num_snapshots,
+            num_snapshot_bytes=cache.snapshot_bytes,
+            num_restoring=num_restoring,
+            num_writing_blocks=self._num_writing * self._per,
+            hit_tokens=self._hit_tokens,
+            restored_tokens=self._restored_tokens,
+            lost_tokens=self._lost_tokens,
+            snapshots=self._num_snapshots,
+            evicted_blocks=cache.num_evicted_blocks,
+            evicted_snapshots=cache.num_evicted_snapshots,
+            skipped_writes=self._skipped_writes,
+        )
+
+    # Before and at admission.
+
+    def limit_of(self, sequence: Sequence) -> int:
+        """Return the furthest position it could go on from: what still gives logits is computed."""
+        if due := sequence.num_prompt_logprobs_due:
+            return sequence.prompt_len - 1 - due
+        return sequence.num_tokens - 1
+
+    def find(self, sequence: Sequence) -> Match | None:
+        """Return how far the pool restores a waiting sequence; None: it had better wait."""
+        use = self._extended(sequence)
+        limit = self.limit_of(sequence)
+        match = self.cache.match(use.chain, limit)
+        for position in self._wanted(sequence, match):
+            leader = self._expected.get(use.chain.position_hash(position))
+            if position <= limit and leader is not None:
+                return None
+        return match
+
+    def share(self, sequence: Sequence, match: Match) -> None:
+        """Make a sequence a user of the blocks found; call before blocks are allocated."""
+        use = _use(sequence)
+        for entry in match.held:
+            self.cache.hold(entry)
+        use.held = list(match.held)
+        sequence.blocks = [block for entry in match.held for block in entry.blocks]
+
+    def restore(self, sequence: Sequence, match: Match) -> None:
+        """Bring state and tail of an admitted sequence into place, and plan its snapshots."""
+        use = _use(sequence)
+        use.restored = match.snapshot
+        self.write_back(sequence)
+        if match.snapshot is not None:
+            self.cache.touch_snapshot(use.chain.position_hash(match.num_tokens))
+        use.floor = match.num_tokens
+        if not sequence.num_preemptions:
+            sequence.num_cached = match.num_tokens
+        self._hit_tokens += match.num_tokens
+        self._lost_tokens += match.lost_tokens
+        self._plan(sequence, match)
+
+    def write_back(self, sequence: Sequence) -> None:
+        """Write state and tail of the snapshot that a sequence was restored from locally."""
+        snapshot = _use(sequence).restored
+        sequence.num_computed = 0
+        if snapshot is not None:
+            self._io.write_state(sequence.state_slot, snapshot.state)
+            if tail := snapshot.num_tokens % CACHE_BLOCK:
+                index = snapshot.num_tokens // CACHE_BLOCK
+                self._io.write_tail(self._blocks_of(sequence, index), tail, snapshot.tail)
+            sequence.num_computed = snapshot.num_tokens
+
+    def _wanted(self, sequence: Sequence, match: Match) -> list[int]:
+        """Return the positions behind a match where a prefill is to stop for a snapshot, rising."""
+        request, stop = sequence.request, sequence.num_tokens
+        found = {j - j % CACHE_BLOCK for j in request.junctions}
+        gained = {match.kv_tokens, sequence.prompt_len}
+        if interval := self._config.snapshot_interval:
+            start = match.num_tokens // interval * interval
+            gained |= set(range(start, stop + 1, interval))
+        if request.sampling.n > 1:
+            gained.add(sequence.prompt_len - 1)
+        wanted: list[int] = []
+        for position in sorted(found | gained):
+            last = wanted[-1] if wanted else match.num_tokens
+            is_due = position in found or position - last >= self._config.min_snapshot_gain
+            if last < position <= stop and is_due:
+                wanted.append(position)
+        return wanted
+
+    def _plan(self, sequence: Sequence, match: Match) -> None:
+        use = _use(sequence)
+        use.snapshot_at = self._wanted(sequence, match)[::-1]
+        for position in use.snapshot_at:
+            self._expected.setdefault(use.chain.position_hash(position), sequence)
+
+    def _extended(self, sequence: Sequence) -> PrefixUse:
+        """Return the sequence's use, its chain at the last token."""
+        use = _use(sequence)
+        have = use.chain.num_tokens
+        if have < sequence.num_tokens:
+            use.chain.extend(sequence.tokens_between(have, sequence.num_tokens))
+        return use
+
+    def _blocks_of(self, sequence: Sequence, index: int) -> list[int]:
+        """Return the blocks of one cache block of a sequence; fewer where it ends."""
+        return sequence.blocks[index * self._per : (index + 1) * self._per]
+
+    # While it runs.
+
+    def note_computed(self, sequence: Sequence) -> bool:
+        """Keep the full cache blocks of a running sequence, and a snapshot where one is due.
+
+        Returns:
+            Whether its block table has changed: of two copies of a block, one goes.
+        """
+        use = _use(sequence)
+        moved = self._keep_blocks(sequence)
+        computed = sequence.num_computed
+        is_due = False
+        while use.snapshot_at and use.snapshot_at[-1] <= computed:
+            is_due |= self._no_longer_expected(sequence, use.snapshot_at.pop()) == computed
+        interval = self._config.decode_snapshot_interval
+        if sequence.is_decoding and interval and computed % interval == 0:
+            is_due |= computed - use.floor >= self._config.min_snapshot_gain
+        if is_due:
+            self._take_snapshot(sequence)
+        return moved
+
+    def _keep_blocks(self, sequence: Sequence, *, are_stored: bool = False) -> bool:
+        use, moved = _use(sequence), False
+        for index in range(len(use.held), sequence.num_computed // CACHE_BLOCK):
+            if use.chain.num_tokens < (index + 1) * CACHE_BLOCK:
+                self._extended(sequence)
+            key = use.chain.block_hash(index)
+            own = self._blocks_of(sequence, index)
+            entry = self.cache.find(key)
+            if entry is None:
+                entry = self.cache.insert(key, own)
+                if not are_stored:
+                    self._write_block(sequence, index, entry)
+            else:
+                self.cache.hold(entry)
+                sequence.blocks[index * self._per : (index + 1) * self._per] = entry.blocks
+                self._blocks.release(own)
+                moved = True
+            use.held.append(entry)
+        return moved
+
+    def _no_longer_expected(self, sequence: Sequence, position: int) -> int:
+        key = _use(sequence).chain.position_hash(position)
+        if self._expected.get(key) is sequence:
+            del self._expected[key]
+        return position
+
+    def _take_snapshot(self, sequence: Sequence) -> None:
+        """Copy state and tail of all that is computed; its cache blocks are kept already."""
+        num_tokens = sequence.num_computed
+        use = self._extended(sequence)
+        use.floor = num_tokens
+        key = use.chain.position_hash(num_tokens)
+        if self.cache.has_snapshot(key):
+            self.cache.touch_snapshot(key)
+            return
+        io = self._io
+        state_bytes, tail = io.state_bytes, num_tokens % CACHE_BLOCK
+        values = np.empty(state_bytes + io.tail_bytes(tail), dtype=np.uint8)
+        io.read_state(sequence.state_slot, values[:state_bytes])
+        if tail:
+            blocks = self._blocks_of(sequence, num_tokens // CACHE_BLOCK)
+            io.read_tail(blocks, tail, values[state_bytes:])
+        values.flags.writeable = False
+        snapshot = Snapshot(num_tokens, values, state_bytes)
+        self._num_snapshots += 1
+        self.cache.add_snapshot(use.chain, snapshot)
+        self._write_snapshot(sequence, key, snapshot)
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Let nobody find what a sequence shares: its logits were not finite."""
+        for entry in _use(sequence).held:
+            self.cache.forget(entry)
+
+    # At its end.
+
+    def leave(self, sequence: Sequence) -> None:
+        """Keep what a running sequence has computed, before it is released."""
+        self._keep_blocks(sequence)
+        if sequence.num_computed - _use(sequence).floor >= self._config.min_snapshot_gain:
+            self._take_snapshot(sequence)
+
+    def release(self, sequence: Sequence) -> list[int]:
+        """Let go of what is shared; return the blocks that are the sequence's own."""
+        use = _use(sequence)
+        own = sequence.blocks[len(use.held) * self._per :]
+        for entry in reversed(use.held):
+            self.cache.let_go(entry)
+        for position in use.snapshot_at:
+            self._no_longer_expected(sequence, position)
+        use.held, use.snapshot_at, use.restored, use.load_to = [], [], None, 0
+        return own
+
+    # The tier.
+
+    def take_loaded(self, sequence: Sequence, snapshot: Snapshot) -> None:
+        """Go on behind what a load has brought into a sequence's blocks and slot."""
+        use = _use(sequence)
+        gained = snapshot.num_tokens - sequence.num_computed
+        sequence.num_computed = use.floor = use.uploaded = snapshot.num_tokens
+        if not sequence.num_preemptions:
+            sequence.num_cached = snapshot.num_tokens
+        self._restored_tokens += gained
+        self._keep_blocks(sequence, are_stored=True)
+        self.cache.add_snapshot(use.chain, snapshot)
+        while use.snapshot_at and use.snapshot_at[-1] <= snapshot.num_tokens:
+            self._no_longer_expected(sequence, use.snapshot_at.pop())
+
+    def _ttl_class(self, sequence: Sequence, stop: int) -> TtlClass:
+        is_shared = any(stop <= junction for junction in sequence.request.junctions)
+        return TtlClass.SHARED if is_shared else TtlClass.SESSION
+
+    def _write_block(self, sequence: Sequence, index: int, entry: CachedBlock) -> None:
+        """Offer a cache block to the tier; it has a user more until it is copied out."""
+        if self._tier is None:
+            return
+        if (self._num_writing + 1) * self._per > self._blocks.num_blocks // _WRITING_SHARE:
+            self._skipped_writes += 1
+            return
+        blocks, io = entry.blocks, self._io
+
+        def release() -> None:
+            self._post(lambda: self._written(entry))
+
+        self.cache.hold(entry)
+        self._num_writing += 1
+        is_taken = self._tier.put_block(
+            entry.key,
+            _use(sequence).chain.position_hash(index * CACHE_BLOCK),
+            lambda out: io.read_blocks(blocks, out),
+            io.kv_block_bytes,
+            release,
+            self._ttl_class(sequence, (index + 1) * CACHE_BLOCK),
+        )
+        if not is_taken:
+            self._skipped_writes += 1
+            self._written(entry)
+
+    def _written(self, entry: CachedBlock) -> None:
+        self._num_writing -= 1
+        self.cache.let_go(entry)
+
+    def _write_snapshot(self, sequence: Sequence, key: bytes, snapshot: Snapshot) -> None:
+        use = _use(sequence)
+        if self._tier is None or snapshot.num_tokens - use.uploaded < CACHE_BLOCK:
+            return
+        hint = sequence.request.session
+        told = hint.on_snapshot if hint is not None else None
+        num_tokens = snapshot.num_tokens
+
+        def stored(is_stored: bool) -> None:
+            if is_stored and told is not None:
+                told(num_tokens, key)
+
+        if self._tier.put_snapshot(key, snapshot, self._ttl_class(sequence, num_tokens), stored):
+            use.uploaded = num_tokens
+        else:
+            self._skipped_writes += 1
+
+
+def _use(sequence: Sequence) -> PrefixUse:
+    assert sequence.prefix is not None, "a sequence without a chain"
+    return sequence.prefix
