@@ -110,6 +110,18 @@ def test_nothing_is_unpickled(path: Path) -> None:
 
 
 @by_path
+def test_channels_are_opened_where_tls_and_keys_are_known(path: Path) -> None:
+    if relative(path) == "protos/tls.py":
+        return
+    found = [
+        f"{relative(path)}:{node.lineno} {node.attr}: take a protos.tls.Access"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in {"insecure_channel", "secure_channel"}
+    ]
+    assert not found, found
+
+
+@by_path
 def test_no_bare_except(path: Path) -> None:
     """Even `except Exception` has three places only: RPC boundary, outer loop, cleanup."""
     bare = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,18 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from protos.certificates import CertificateFiles, port_identity
 from protos.codec import tensor_from_proto, tensor_to_proto
 from protos.errors import (
     ExpertMeshError,
     GroupLostError,
     InvalidFieldError,
+    UnauthenticatedError,
     UnknownModelError,
     from_rpc_error,
 )
+from protos.tls import Access, ClientTls
 from protos.v1 import gating_pb2, gating_pb2_grpc
 from router.gateway.gating import GatingServicer
 from router.gateway.server import GatewayOptions, GatewayThread, gating_service
 from router.gating.gate import Gate
+from tests.certificates import Authority
 
 HIDDEN, EXPERTS, TOP_K, LAYERS = 8, 6, 2, 2
 
@@ -56,12 +61,21 @@ GATE = Gate(
 class Mesh:
     """A running service and a way to call it."""
 
-    def __init__(self, address: str, dispatcher: ScalingDispatcher) -> None:
-        self.address = address
-        self.dispatcher = dispatcher
+    def __init__(self, options: GatewayOptions, access: Access | None = None) -> None:
+        self.dispatcher = ScalingDispatcher()
+        self._access = access or Access()
+        self._servicer = GatingServicer(GATE, self.dispatcher, "tiny")
+        self._thread = GatewayThread([gating_service(self._servicer)], options)
+        self.address = self._thread.start()
 
-    def route(self, *requests: gating_pb2.RouteRequest) -> list[gating_pb2.RouteResponse]:
-        with grpc.insecure_channel(self.address) as channel:
+    def stop(self) -> None:
+        self._thread.stop()
+        self._servicer.close()
+
+    def route(
+        self, *requests: gating_pb2.RouteRequest, access: Access | None = None
+    ) -> list[gating_pb2.RouteResponse]:
+        with (access or self._access).channel(self.address) as channel:
             stub = gating_pb2_grpc.GatingServiceStub(channel)
             try:
                 return list(stub.Route(iter(requests), timeout=20))
@@ -71,12 +85,9 @@ class Mesh:
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    dispatcher = ScalingDispatcher()
-    servicer = GatingServicer(GATE, dispatcher, "tiny")
-    thread = GatewayThread([gating_service(servicer)], GatewayOptions())
-    yield Mesh(thread.start(), dispatcher)
-    thread.stop()
-    servicer.close()
+    made = Mesh(GatewayOptions())
+    yield made
+    made.stop()
 
 
 def hidden_of(num_tokens: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,6 +132,26 @@ def test_answers_come_in_order(mesh: Mesh) -> None:
     answers = mesh.route(*requests)
     assert [a.call_id for a in answers] == list(range(40))
     assert [a.output.shape[0] for a in answers] == [1 + i % 4 for i in range(40)]
+
+
+def test_tls_and_a_key_change_no_answer(mesh: Mesh, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    issued = authority.issue("port")
+    found = port_identity(
+        CertificateFiles(
+            section="router", keyfile=str(issued.keyfile), certfile=str(issued.certfile)
+        )
+    )
+    assert found is not None
+    tls = ClientTls.from_files(authority.certfile)
+    guarded = Mesh(
+        GatewayOptions(tls=found.server, api_keys=("key",)), Access(tls=tls, api_key="key")
+    )
+    requests = [request_of(hidden_of(1 + i), call_id=i, layer_id=i % 2) for i in range(4)]
+    assert guarded.route(*requests) == mesh.route(*requests)
+    with pytest.raises(UnauthenticatedError):
+        guarded.route(*requests, access=Access(tls=tls))
+    guarded.stop()
 
 
 GOOD_IDS = torch.zeros(3, TOP_K, dtype=torch.int32)
