@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "entry.h"
 #include "kv_cache.h"
 #include "pool.h"
 

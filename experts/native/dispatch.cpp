@@ -8,10 +8,12 @@
 #include <cstdint>
 #include <cstring>
 #include <ctime>
+#include <vector>
 
 #include <poll.h>
 #include <sys/socket.h>
 
+#include "dispatch.h"
 #include "frame.h"
 #include "pool.h"
 
@@ -247,3 +249,84 @@ void em_combine_slots(const int32_t* pair_group, const int32_t* pair_index, cons
 
 }  // extern "C"
 #pragma GCC visibility pop
+
+namespace em {
+namespace {
+
+bool fail(Dispatch& d, DispatchFailure failure, int64_t group, int64_t detail) {
+  d.failure = failure;
+  d.failed_group = group;
+  d.failed_detail = detail;
+  return false;
+}
+
+// The groups that the call in flight goes to, and their columns of the tables.
+struct Called {
+  explicit Called(const Dispatch& d) {
+    for (int64_t g = 0; g < d.num_groups; g++) {
+      if (d.num_pairs[g] == 0) continue;
+      groups.push_back(g);
+      fds.push_back(d.fds[g]);
+    }
+  }
+  template <class T>
+  std::vector<T> of(const T* column) const {
+    std::vector<T> some;
+    for (int64_t g : groups) some.push_back(column[g]);
+    return some;
+  }
+  int64_t count() const { return int64_t(groups.size()); }
+  std::vector<int64_t> groups;
+  std::vector<int32_t> fds;
+};
+
+}  // namespace
+
+bool dispatch(Dispatch& d, int64_t layer, const float* rows, int64_t tokens, const int32_t* ids, const float* weights) {
+  d.call_id++;
+  const int64_t packed = em_dispatch_pack(
+      ids, weights, tokens, d.top_k, d.group_of_expert[layer], d.num_experts, d.num_groups,
+      reinterpret_cast<const uint8_t*>(rows), d.hidden * 4, d.hidden, kFrameFloat32, int32_t(d.wire_dtype), kSlots,
+      uint64_t(d.call_id), uint64_t(d.epoch), uint32_t(layer), uint32_t(d.deadline_ms), d.frames, d.pair_group,
+      d.pair_index, d.num_rows, d.num_pairs, d.load[layer]);
+  if (packed < 0) return fail(d, kBadExpert, -1, -packed - 1);
+  const Called called(d);
+  const int64_t item = d.wire_dtype == kFrameFloat32 ? 4 : 2;
+  std::vector<int64_t> lengths;
+  for (int64_t g : called.groups) lengths.push_back(kHeaderBytes + d.num_pairs[g] * 12 + d.num_rows[g] * d.hidden * item);
+  int32_t error = 0;
+  const int64_t sent = em_lane_send(called.fds.data(), called.of(d.frames).data(), lengths.data(), called.count(), &error);
+  return sent < 0 ? fail(d, kSendFailed, called.groups[-sent - 1], error) : true;
+}
+
+bool collect(Dispatch& d, int64_t tokens, const float* weights, float* out) {
+  const Called called(d);
+  std::vector<int64_t> received(called.count());
+  std::vector<int32_t> status(called.count());
+  timespec from, to;
+  clock_gettime(CLOCK_MONOTONIC, &from);
+  em_lane_receive(called.fds.data(), called.of(d.headers).data(), called.of(d.results).data(),
+                  called.of(d.result_bytes).data(), received.data(), status.data(), called.count(), d.timeout_ms);
+  clock_gettime(CLOCK_MONOTONIC, &to);
+  d.wait_ns += (to.tv_sec - from.tv_sec) * 1000000000LL + (to.tv_nsec - from.tv_nsec);
+  std::fill(d.status, d.status + d.num_groups, 0);
+  bool all_came = true;
+  for (int64_t i = 0; i < called.count(); i++) {
+    d.status[called.groups[i]] = status[i];
+    all_came &= status[i] == 0;
+  }
+  if (!all_came) return fail(d, kReceiveFailed, -1, 0);
+  const int64_t item = d.wire_dtype == kFrameFloat32 ? 4 : 2;
+  for (int64_t g : called.groups) {
+    FrameHeader header;
+    std::memcpy(&header, d.headers[g], sizeof header);
+    const bool is_ours = header.version == 1 && header.kind == kResult && header.call_id == uint64_t(d.call_id) &&
+                         header.placement_epoch == uint64_t(d.epoch) &&
+                         header.payload_bytes == uint64_t(d.num_pairs[g] * d.hidden * item);
+    if (!is_ours) return fail(d, kBadAnswer, g, 0);
+  }
+  em_combine_slots(d.pair_group, d.pair_index, weights, tokens, d.top_k, d.hidden, int32_t(d.wire_dtype), d.results, out);
+  return true;
+}
+
+}  // namespace em

@@ -13,6 +13,7 @@
 // from memory: decode, prefill and any cut into chunks give the same bits.
 #include <utility>
 
+#include "entry.h"
 #include "pack.h"
 #include "pool.h"
 

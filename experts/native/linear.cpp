@@ -1,4 +1,5 @@
 // y = x W^T for a packed W: packing, and the product parallel over panels and blocks of rows.
+#include "entry.h"
 #include "pack.h"
 #include "pool.h"
 

@@ -60,6 +60,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     # kv_blocks.cpp
     "em_kv_read": (None, [_PTR, _INT, _LONG, _LONG, _LONG, _PTR, _LONG, _PTR]),
     "em_kv_write": (None, [_PTR, _INT, _LONG, _LONG, _LONG, _PTR, _LONG, _PTR]),
+    # step.cpp
+    "em_step": (_LONG, [_PTR, _PTR, _PTR]),
     # serve.cpp
     "em_express_new": (_PTR, [_LONG] * 4 + [_INT]),
     "em_express_free": (None, [_PTR]),

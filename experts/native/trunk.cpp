@@ -2,6 +2,7 @@
 // expert's merge. Rows are independent; every sum over a row runs in one fixed order.
 #include <limits>
 
+#include "entry.h"
 #include "pack.h"
 #include "pool.h"
 

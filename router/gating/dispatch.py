@@ -32,6 +32,7 @@ from protos import codec
 from protos.errors import (
     ConfigurationError,
     GroupLostError,
+    InternalError,
     StalePlacementError,
     UnsupportedFeatureError,
     WireFormatError,
@@ -39,6 +40,7 @@ from protos.errors import (
 )
 from protos.tls import Access
 from router.gating.choice import first_copies
+from router.gating.native_calls import BAD_ANSWER, BAD_EXPERT, SEND_FAILED, NativeCalls
 from router.gating.packing import CallOptions, NativePacking, PackedCall, Packing, TorchPacking
 from router.gating.transport.base import FrameBuffer, Transport
 from router.gating.transport.grpc_stream import GrpcStreamTransport
@@ -101,6 +103,7 @@ class ExpertDispatcher:
         self._in_flight = False
         self._packing: Packing
         self._lanes: LaneSet | None = None
+        self._native: NativeCalls | None = None
         if kernels is None:
             self._packing = TorchPacking(options, num)
         else:
@@ -109,6 +112,15 @@ class ExpertDispatcher:
             lanes = [t for t in transports if isinstance(t, LaneTransport)]
             if len(lanes) == num:
                 self._lanes = LaneSet(library, lanes)
+                if options.combine is codec.Combine.SLOTS:
+                    self._native = NativeCalls(
+                        options,
+                        lanes,
+                        self._groups_of_layer,
+                        self._load_of_layer,
+                        (self._frames, self._headers, self._results),
+                        MIN_RESULT_BYTES,
+                    )
 
     @classmethod
     def connect(
@@ -272,6 +284,61 @@ class ExpertDispatcher:
         if options.combine == codec.Combine.SLOTS:
             return self._packing.sum_slots(call, self._results)
         return self._sum_partial(call, handle.called)
+
+    @property
+    def has_native_calls(self) -> bool:
+        """Whether a native step can call the groups by itself (`begin_native`)."""
+        return self._native is not None
+
+    def begin_native(self, num_tokens: int) -> int:
+        """Return the address of the `em::Dispatch` for one native step of up to `num_tokens` rows.
+
+        Raises:
+            GroupLostError: A group cannot be reached.
+        """
+        assert self._native is not None  # the caller asked `has_native_calls`
+        if self._in_flight:
+            self._reset()
+        address = self._native.begin(num_tokens, self._call_id)
+        self._in_flight = True
+        return address
+
+    def end_native(self, failed_layer: int) -> None:
+        """Take up what a native step has done.
+
+        Args:
+            failed_layer: Where it stopped because of an expert group; -1: nowhere.
+
+        Raises:
+            ExpertMeshError, IndexError: As `dispatch` and `combine` would have.
+        """
+        assert self._native is not None
+        plan = self._native.plan
+        self._call_id = plan.call_id
+        self.dispatch_s += plan.wait_ns / 1e9
+        plan.wait_ns = 0
+        if failed_layer < 0:
+            self._in_flight = False
+            return
+        if plan.failure == BAD_ANSWER:
+            self._in_flight = False  # every group has answered
+            self._check_answer(self._native.failed_call(failed_layer), plan.failed_group)
+        failure = self._lost(failed_layer, plan.failure, plan.failed_group, plan.failed_detail)
+        self._reset()
+        raise failure
+
+    def _lost(self, layer_id: int, kind: int, group: int, detail: int) -> Exception:
+        """Close what a native step found broken and return what it is."""
+        assert self._native is not None
+        assert self._lanes is not None
+        if kind == BAD_EXPERT:
+            slot = f"top-k slot {detail % self.options.top_k}"
+            return IndexError(f"an expert of layer {layer_id}, {slot}, is out of range or unplaced")
+        if kind == SEND_FAILED:
+            return self._lanes.lost(group, detail, "send: ")
+        statuses = enumerate(self._native.status)
+        lost = [self._lanes.lost(g, status) for g, status in statuses if status]
+        return lost[0] if lost else InternalError(f"a native step failed in layer {layer_id}")
 
     def _check_answer(self, call: PackedCall, group: int) -> None:
         """Raise what is wrong with a received answer, and close what cannot be trusted."""

@@ -27,6 +27,8 @@ from router.model.cache_io import DecoderCacheIo
 from router.model.config import FULL_ATTENTION, ModelConfig
 from router.model.lazy_zeros import lazy_zeros
 from router.model.moe import DenseLayer, Experts, HostExperts, MoeLayer
+from router.model.native_ops import NativeOps
+from router.model.native_step import NativeStep, calls_natively
 from router.model.ops import GdnState, KvLayer, Ops, choose_ops
 from router.model.rope import RotaryTable
 from router.model.weights import (
@@ -73,6 +75,8 @@ class Decoder:
             experts = HostExperts(experts, ops.device)
         self._mlps = [self._mlp(i, layer, experts) for i, layer in enumerate(weights.layers)]
         self._rotary = RotaryTable(config.rope, ops.device)
+        self._experts = experts
+        self._native: tuple[Caches, NativeStep] | None = None
         # One flat row per layer: the loop of `forward` looks nothing up.
         self._layers = [
             (
@@ -183,6 +187,25 @@ class Decoder:
         Returns:
             Logits float32 `[L, vocab_size]` of `batch.logit_rows`.
         """
+        native = self._native_step(caches)
+        if native is not None:
+            cos_sin = self._rotary.rows(batch.positions, batch.max_context_len - 1)
+            return native.run(batch, cos_sin)
+        return self._forward_by_layer(batch, caches)
+
+    def _native_step(self, caches: Caches) -> NativeStep | None:
+        """Return the native step over these caches; None where layers go one by one."""
+        if self._native is not None and self._native[0] is caches:
+            return self._native[1]
+        ops, experts = self.ops, self._experts
+        if not isinstance(ops, NativeOps) or not (experts is None or calls_natively(experts)):
+            return None
+        step = NativeStep(self.config, self._weights, ops, caches.layers, experts)
+        self._native = caches, step
+        return step
+
+    def _forward_by_layer(self, batch: Batch, caches: Caches) -> Tensor:
+        """Run one step kernel by kernel: the slow twin of `NativeStep`, and other ops' way."""
         ops, weights, eps = self.ops, self._weights, self.config.rms_norm_eps
         linear, add_rms_norm = ops.linear, ops.add_rms_norm
         gated_delta_net, attention = ops.gated_delta_net, ops.attention

@@ -78,7 +78,7 @@ class NativeOps:
         kernels.set_num_threads(torch.get_num_threads())
         self._kernels = kernels
         self._dtype = dtype
-        self._long, self._short = kernels.long, kernels.short
+        self.long, self._short = kernels.long, kernels.short
         self._conv_weights: dict[int, tuple[GdnParams, Tensor]] = {}
         logger.info(
             "ops_chosen name=native isa=%s dtype=%s threads=%d",
@@ -88,7 +88,7 @@ class NativeOps:
         )
 
     def _library(self, num_tokens: int) -> Library:
-        return self._short if num_tokens <= _SHORT_STEP_TOKENS else self._long
+        return self._short if num_tokens <= _SHORT_STEP_TOKENS else self.long
 
     def prepare_linear(self, weight: Tensor) -> PackedLinear:
         """Pack; the original is not kept."""
@@ -170,19 +170,28 @@ class NativeOps:
         )
         return routed
 
+    def conv_weight(self, params: GdnParams) -> Tensor:
+        """Return the conv weight as the kernel reads it, `[taps, channels]`; made once."""
+        found = self._conv_weights.get(id(params))
+        if found is None:
+            found = params, params.conv_weight.t().contiguous()
+            self._conv_weights[id(params)] = found
+        return found[1]
+
     def gated_delta_net(
         self, mixed: Tensor, params: GdnParams, state: GdnState, step: NativeStep
     ) -> Tensor:
         """See `Ops.gated_delta_net`."""
         p = params
-        found = self._conv_weights.get(id(params))
-        if found is None:
-            found = params, p.conv_weight.t().contiguous()  # taps outside: vectors over channels
-            self._conv_weights[id(params)] = found
         out = torch.empty(mixed.shape[0], p.num_value_heads * p.value_head_dim)
         step.library.gated_delta_net(
             *(mixed.data_ptr(), step.query_start, step.context_lens, step.state_slots),
-            *(step.num_sequences, found[1].data_ptr(), p.decay.data_ptr(), p.dt_bias.data_ptr()),
+            *(
+                step.num_sequences,
+                self.conv_weight(p).data_ptr(),
+                p.decay.data_ptr(),
+                p.dt_bias.data_ptr(),
+            ),
             *(p.norm_weight.data_ptr(), p.num_key_heads, p.num_value_heads, p.key_head_dim),
             *(p.value_head_dim, p.conv_kernel, p.eps),
             *(state.conv.data_ptr(), state.recurrent.data_ptr(), out.data_ptr()),
@@ -213,7 +222,7 @@ class NativeOps:
     ) -> NativeKv:
         """See `Ops.allocate_kv`. A block size that is a multiple of 16 wastes nothing."""
         code = DTYPES[dtype]
-        num_bytes = self._long.kv_block_bytes(code, block_size, num_kv_heads, head_dim)
+        num_bytes = self.long.kv_block_bytes(code, block_size, num_kv_heads, head_dim)
         blocks = lazy_zeros((num_blocks, num_bytes // 4), torch.int32, self.device)
         return NativeKv(blocks, block_size, num_kv_heads, head_dim, code, blocks.data_ptr())
 
@@ -221,7 +230,7 @@ class NativeOps:
         self, kv: NativeKv, blocks: NDArray[np.int32], num_tokens: int, out: NDArray[np.uint8]
     ) -> None:
         """See `Ops.read_kv`. Gives up the interpreter lock and stays out of the thread pool."""
-        self._long.kv_read(
+        self.long.kv_read(
             *(kv.address, kv.code, kv.block_size, kv.num_kv_heads, kv.head_dim),
             *(blocks.ctypes.data, num_tokens, out.ctypes.data),
         )
@@ -230,7 +239,7 @@ class NativeOps:
         self, kv: NativeKv, blocks: NDArray[np.int32], num_tokens: int, values: NDArray[np.uint8]
     ) -> None:
         """See `Ops.write_kv`. Gives up the interpreter lock and stays out of the thread pool."""
-        self._long.kv_write(
+        self.long.kv_write(
             *(kv.address, kv.code, kv.block_size, kv.num_kv_heads, kv.head_dim),
             *(blocks.ctypes.data, num_tokens, values.ctypes.data),
         )

@@ -51,8 +51,7 @@ class LaneSet:
             self._fds, self._frames, self._lengths, len(called), ctypes.byref(self._error)
         )
         if status < 0:
-            lane = self._lanes[called[-status - 1]]
-            raise lane.lose(f"send: {os.strerror(self._error.value)}")
+            raise self.lost(called[-status - 1], self._error.value, "send: ")
 
     def receive(
         self,
@@ -87,12 +86,15 @@ class LaneSet:
         failure: GroupLostError | None = None
         for i, group in enumerate(called):
             if self._status[i] != 0:
-                lost = self._lanes[group].lose(
-                    _DETAILS.get(self._status[i]) or os.strerror(self._status[i])
-                )
+                lost = self.lost(group, self._status[i])
                 failure = failure or lost
         if failure is not None:
             raise failure
+
+    def lost(self, group: int, error: int, while_doing: str = "") -> GroupLostError:
+        """Close a group's lane after the errno `error` and return the error to raise."""
+        detail = _DETAILS.get(error) or os.strerror(error)
+        return self._lanes[group].lose(while_doing + detail)
 
 
 _DETAILS = {
