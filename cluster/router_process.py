@@ -52,6 +52,7 @@ from router.gateway.server import (
 from router.gateway.text import TextProcessor
 from router.gating.dispatch import ExpertDispatcher
 from router.gating.gate import Gate
+from router.model.cache_io import DecoderCacheIo
 from router.model.config import ModelConfig
 from router.model.decoder import Caches, Decoder
 from router.model.memory import estimate_memory
@@ -81,6 +82,10 @@ class ServedDecoder:
     def allocate_caches(self, num_blocks: int, block_size: int, num_state_slots: int) -> Caches:
         """See `Decoder.allocate_caches`."""
         return self._decoder.allocate_caches(num_blocks, block_size, num_state_slots)
+
+    def cache_io(self, caches: Caches) -> DecoderCacheIo:
+        """See `Decoder.cache_io`."""
+        return self._decoder.cache_io(caches)
 
     def forward(self, batch: Batch, caches: Caches) -> Tensor:
         """See `Decoder.forward`."""

@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from protos.errors import (
@@ -35,15 +34,12 @@ from protos.errors import (
 from router.engine.batch_rows import BatchRows, BuiltBatch, PrefillChunk
 from router.engine.block_manager import BlockManager
 from router.engine.candidates import token_logprobs
-from router.engine.chain import HashChain
 from router.engine.checks import check_request
 from router.engine.config import EngineConfig, EngineStats, ReuseStats
 from router.engine.inbox import Inbox
 from router.engine.model import Model
-from router.engine.prefix_cache import PrefixUse
 from router.engine.request import EngineRequest, FinishReason, Sink, StepOutput
 from router.engine.restore import reuse_of
-from router.engine.reuse import Reuse
 from router.engine.sampler import sample
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, SequenceState
@@ -157,7 +153,7 @@ class Engine:
                 now=self._clock(),
                 max_model_len=config.max_model_len,
                 eos_token_ids=config.eos_token_ids,
-                prefix=self._new_prefix(request, prompt),
+                prefix=None if self._reuse is None else self._reuse.new_use(request, prompt),
             )
             for index in range(request.sampling.n)
         ]
@@ -233,14 +229,6 @@ class Engine:
             else self._reuse.stats(len(scheduler.probing) + len(scheduler.restoring)),
         )
 
-    def _new_prefix(self, request: EngineRequest, prompt: NDArray[np.int64]) -> PrefixUse | None:
-        if self._reuse is None:
-            return None
-        chain = HashChain(request.namespace or self.config.namespace)
-        chain.extend(prompt)
-        chain.extend(request.forced_ids)
-        return PrefixUse(chain)
-
     # The engine thread.
 
     def _run(self) -> None:
@@ -288,18 +276,11 @@ class Engine:
             self._step_s += seconds
         if self._outputs:
             self._hand_out()
-        if chunks and self._reuse is not None:
-            self._note_computed(self._reuse, chunks)
+        if chunks:
+            self._scheduler.keep_prefilled(chunks)
             if self._restorer is not None:
                 self._restorer.note_step(chunks, num_decoding, seconds)
         return has_batch
-
-    def _note_computed(self, reuse: Reuse, chunks: list[PrefillChunk]) -> None:
-        """Keep what a step has prefilled, once its outputs are on their way."""
-        for chunk in chunks:
-            sequence = chunk.sequence
-            if not sequence.is_finished and reuse.note_computed(sequence) and sequence.is_decoding:
-                self._scheduler.rows.rewrite(sequence)
 
     def _take_calls(self, now: float) -> None:
         scheduler = self._scheduler

@@ -121,10 +121,21 @@ class Scheduler:
         return self._chunks(budget)
 
     def _keep_filled(self, sequence: Sequence) -> None:
-        """Make a cache block findable that a decoding sequence has just filled. (A sequence that
-        fills a cache block has filled a block.)"""
-        is_due = sequence.is_decoding and sequence.num_computed % CACHE_BLOCK == 0
-        if self._reuse is not None and is_due and self._reuse.note_computed(sequence):
+        """Keep a cache block that a decoding sequence has just filled. (A sequence that fills a
+        cache block has filled a block.)"""
+        if sequence.is_decoding and sequence.num_computed % CACHE_BLOCK == 0:
+            self._keep(sequence)
+
+    def keep_prefilled(self, chunks: list[PrefillChunk]) -> None:
+        """Keep what a step has prefilled, where prefixes are reused."""
+        for chunk in chunks:
+            if not chunk.sequence.is_finished:
+                self._keep(chunk.sequence)
+
+    def _keep(self, sequence: Sequence) -> None:
+        if self._reuse is None:
+            return
+        if self._reuse.note_computed(sequence) and sequence.is_decoding:
             self.rows.rewrite(sequence)
 
     def _make_room(self, sequence: Sequence) -> None:
