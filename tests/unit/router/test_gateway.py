@@ -54,9 +54,9 @@ class FlakyService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: Any, context: Any
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         if request.text == "late":
-            yield generation_pb2.GenerateResponse(text_delta="a")
+            yield generation_pb2.GenerateResponse(sequence=1, text_delta="a")
         self._fail()
-        yield generation_pb2.GenerateResponse(text_delta="b")
+        yield generation_pb2.GenerateResponse(sequence=2, text_delta="b")
 
 
 def served(servicer: FlakyService, options: GatewayOptions | None = None) -> GatewayThread:
@@ -176,12 +176,12 @@ def test_a_retry_that_the_deadline_does_not_allow_is_not_waited_for(
     assert servicer.num_calls == 1
 
 
-def test_nothing_is_retried_after_the_first_message(
+def test_several_sequences_are_not_retried_after_the_first_message(
     serve: Callable[..., tuple[FlakyService, str]],
 ) -> None:
     servicer, address = serve(NotReadyError("loads", retry_after_s=0.01))
     with Client(address, QUICK) as client, pytest.raises(NotReadyError):
-        client.complete("late")
+        client.complete("late", n=2)
     assert servicer.num_calls == 1
 
 
