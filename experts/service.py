@@ -58,6 +58,10 @@ SERVICE_NAME = "expertmesh.v1.ExpertService"
 MAX_CONCURRENT_RPCS = 128
 """Streams and calls at one time, a thread each; one more is refused with RESOURCE_EXHAUSTED."""
 MIN_INTERVAL_S = 0.1
+HANDSHAKE_TIMEOUT_S = 10.0
+"""A connection that has not finished TLS and the HTTP/2 greeting by then is closed."""
+MAX_CONNECTIONS = 1024
+"""Further ones are closed at once; a router has a handful."""
 
 Context = grpc.ServicerContext
 
@@ -252,6 +256,8 @@ class ExpertServer:
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
+                ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_TIMEOUT_S * 1000)),
+                ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
             ],
         )
         servicer = ExpertServicer(self._runtime, self._lanes)

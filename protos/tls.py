@@ -160,7 +160,7 @@ def check_api_key(key: str, path: str) -> str:
 
 
 class _KeyedChannel:
-    """A sync or async channel whose every call carries one more header.
+    """A sync or async channel whose every call carries one more header, unless it has it already.
 
     A wrapper and no interceptor: those add a layer of objects to every asynchronous stream.
     """
@@ -198,7 +198,10 @@ class _KeyedChannel:
 
     def _with_header(self, method: Any) -> Callable[..., Any]:
         def call(*arguments: Any, metadata: Any = (), **options: Any) -> Any:
-            return method(*arguments, metadata=(*(metadata or ()), self._header), **options)
+            given = tuple(metadata or ())
+            if all(name != self._header[0] for name, _ in given):
+                given += (self._header,)
+            return method(*arguments, metadata=given, **options)
 
         return call
 

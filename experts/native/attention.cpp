@@ -5,6 +5,10 @@
 // Keys are visited from position 0 in chunks of `kChunk` groups with an online softmax. A query sees
 // the same chunks in the same order whoever shares its tile, batch or prefill chunk, and skips chunks
 // behind its own position, so its bits depend on its own sequence alone.
+//
+// A past that does not fit the cache comes in sections, the oldest first: the running softmax of
+// every query (sums, maximum, unscaled output) rests in memory between them. A section is a multiple
+// of kKeys keys, so the chunks are the same ones, and so are the bits.
 #include <limits>
 #include <utility>
 #include <vector>
@@ -16,9 +20,11 @@
 namespace em {
 namespace {
 
-constexpr int kChunk = 4;          // groups between two looks at the running maximum
+constexpr int kChunk = 4;  // groups between two looks at the running maximum
 constexpr int kKeys = kGroup * kChunk;
-constexpr int64_t kTileTokens = 16;  // query tokens of a task
+// Rows of a task that share each read of the keys: a few of them wait for memory in a long context,
+// many leave threads idle in a short chunk.
+constexpr int64_t kTaskRows = 128, kLeastTaskTokens = 16;
 #if defined(__AVX512BF16__)
 constexpr int kRows = 6, kScoreGroups = 4, kValueVectors = 4;
 #else
@@ -127,6 +133,25 @@ void value_tile(const uint32_t* const* groups, const int64_t* pairs, int num_gro
     for (int v = 0; v < V; v++) store(o + m * o_stride + v * Vf::W, acc[m][v]);
 }
 
+// The online softmax of every (token, head) between two sections of keys.
+struct Running {
+  float* rows;  // [T, heads][width + kGroup + 1]: unscaled output, sums by key lane, maximum
+  int64_t width;
+  int64_t stride() const { return width + kGroup + 1; }
+  void load(int64_t row, float* o, float* total, float* top) const {
+    const float* from = rows + row * stride();
+    std::memcpy(o, from, size_t(width) * 4);
+    std::memcpy(total, from + width, kGroup * 4);
+    *top = from[width + kGroup];
+  }
+  void store(int64_t row, const float* o, const float* total, float top) const {
+    float* to = rows + row * stride();
+    std::memcpy(to, o, size_t(width) * 4);
+    std::memcpy(to + width, total, kGroup * 4);
+    to[width + kGroup] = top;
+  }
+};
+
 template <class D>
 class Attention {
  public:
@@ -166,28 +191,31 @@ class Attention {
     }
   }
 
-  // The query tokens [i0, i1) of sequence s, all heads of one KV head.
+  // The query tokens [i0, i1) of sequence s, all heads of one KV head, over the whole past.
   void attend(int64_t s, int64_t kv_head, int64_t i0, int64_t i1) {
-    int64_t per = p.heads / p.kv_heads, rows = (i1 - i0) * per, t0 = batch.query_start[s] + i0;
-    int64_t first = batch.context_lens[s] + i0, last = first + (i1 - i0) - 1;  // positions
-    Tile t = allocate(rows);
-    for (int64_t m = 0; m < rows; m++) {  // rows by token, then head
-      std::memcpy(t.q + m * kv.steps, q + ((t0 + m / per) * p.heads + kv_head * per + m % per) * kv.steps,
-                  size_t(kv.steps) * 4);
-      t.top[m] = -std::numeric_limits<float>::infinity();
-    }
-    std::memset(t.o, 0, size_t(rows * kv.width) * 4);
-    std::memset(t.total, 0, size_t(rows * kGroup) * 4);
+    Rows r = rows_of(s, kv_head, i0, i1);
+    Tile t = allocate(r.count);
+    load_queries(t, r);
+    clear(t, r.count);
+    visit(t, r, batch.block_tables + s * batch.max_blocks, r.first, r.last());
+    finish(t, r);
+  }
 
-    int64_t position = 0, index = 0;  // next key, next group of the sequence
-    while (position <= last) {
-      Chunk c = next_chunk(s, kv_head, last, &position, &index);
-      int64_t skip = std::max<int64_t>(0, c.start[0] - first) * per;  // tokens before the chunk
-      for (int64_t m = skip; m < rows; m += kRows) {
-        chunk_rows(c, t, m, int(std::min<int64_t>(kRows, rows - m)), first, per);
-      }
+  // The same over `keys` tokens that all of the queries see, at `table`, or, where that is null, over
+  // the causal rest, at the sequence's own blocks.
+  void attend_section(int64_t kv_head, int64_t i0, int64_t i1, const int32_t* table, int64_t keys,
+                      const Running& running) {
+    Rows r = rows_of(0, kv_head, i0, i1);
+    Tile t = allocate(r.count);
+    load_queries(t, r);
+    for (int64_t m = 0; m < r.count; m++) running.load(r.index(p, m), t.o + m * kv.width, t.total + m * kGroup, t.top + m);
+    if (table != nullptr) {
+      visit(t, r, table, keys, keys - 1);
+      for (int64_t m = 0; m < r.count; m++) running.store(r.index(p, m), t.o + m * kv.width, t.total + m * kGroup, t.top[m]);
+    } else {
+      visit(t, r, batch.block_tables, r.first, r.last());
+      finish(t, r);
     }
-    for (int64_t m = 0; m < rows; m++) finish(t, m, t0 + m / per, kv_head * per + m % per);
   }
 
  private:
@@ -199,6 +227,13 @@ class Attention {
     float* scores;    // [kRows, kKeys]
     uint32_t* probs;  // [kRows, kKeys / pair]
   };
+  // Rows of a tile: by token, then by the heads of one KV head.
+  struct Rows {
+    int64_t count, per, token, head;  // heads of a KV head; the first row's token and head
+    int64_t first;                    // position of the first token
+    int64_t last() const { return first + count / per - 1; }
+    int64_t index(const Layer& p, int64_t m) const { return (token + m / per) * p.heads + head + m % per; }
+  };
   struct Chunk {
     int groups = 0;
     const uint32_t* k[kChunk];
@@ -206,6 +241,36 @@ class Attention {
     int64_t start[kChunk], end[kChunk];  // positions of its first and last key
     int64_t pairs[kChunk];
   };
+
+  Rows rows_of(int64_t s, int64_t kv_head, int64_t i0, int64_t i1) const {
+    int64_t per = p.heads / p.kv_heads;
+    return {(i1 - i0) * per, per, batch.query_start[s] + i0, kv_head * per, batch.context_lens[s] + i0};
+  }
+
+  void load_queries(Tile& t, const Rows& r) {
+    for (int64_t m = 0; m < r.count; m++) {
+      std::memcpy(t.q + m * kv.steps, q + r.index(p, m) * kv.steps, size_t(kv.steps) * 4);
+    }
+  }
+
+  void clear(Tile& t, int64_t rows) {
+    for (int64_t m = 0; m < rows; m++) t.top[m] = -std::numeric_limits<float>::infinity();
+    std::memset(t.o, 0, size_t(rows * kv.width) * 4);
+    std::memset(t.total, 0, size_t(rows * kGroup) * 4);
+  }
+
+  // Keys 0 .. last of a block table, for queries that stand at `first` and on. The head of the KV
+  // cache follows from the rows' first head.
+  void visit(Tile& t, const Rows& r, const int32_t* table, int64_t first, int64_t last) {
+    int64_t position = 0, index = 0;  // next key, next group of the sequence
+    while (position <= last) {
+      Chunk c = next_chunk(table, r.head / r.per, last, &position, &index);
+      int64_t skip = std::max<int64_t>(0, c.start[0] - first) * r.per;  // tokens before the chunk
+      for (int64_t m = skip; m < r.count; m += kRows) {
+        chunk_rows(c, t, m, int(std::min<int64_t>(kRows, r.count - m)), first, r.per);
+      }
+    }
+  }
 
   Tile allocate(int64_t rows) {
     int64_t probs = kKeys / D::K;
@@ -222,11 +287,11 @@ class Attention {
     return t;
   }
 
-  Chunk next_chunk(int64_t s, int64_t kv_head, int64_t last, int64_t* position, int64_t* index) {
+  Chunk next_chunk(const int32_t* table, int64_t kv_head, int64_t last, int64_t* position,
+                   int64_t* index) {
     Chunk c;
     for (; c.groups < kChunk && *position <= last; ++*index) {
-      int64_t block = batch.block_tables[s * batch.max_blocks + *index / kv.groups];
-      int64_t group = *index % kv.groups, g = c.groups++;
+      int64_t block = table[*index / kv.groups], group = *index % kv.groups, g = c.groups++;
       int64_t size = std::min<int64_t>(kGroup, kv.block_size - group * kGroup);
       c.k[g] = kv.k(block, kv_head, group);
       c.v[g] = kv.v(block, kv_head, group);
@@ -285,16 +350,19 @@ class Attention {
     }
   }
 
-  void finish(const Tile& t, int64_t m, int64_t token, int64_t head) {
-    Vf total = zero();
-    for (int i = 0; i < kGroup; i += Vf::W) total = total + load(t.total + m * kGroup + i);
-    Vf scale = set1(1.0f / sum(total));
-    const float* gate = qkv + token * row + (2 * head + 1) * p.hd;
-    float* to = out + (token * p.heads + head) * p.hd;
-    for_vectors(p.hd, [&](int64_t i, int n) {
-      Vf o = load(t.o + m * kv.width + i) * scale;
-      store_up_to(to + i, o * sigmoid(load_up_to(gate + i, n)), n);
-    });
+  void finish(const Tile& t, const Rows& r) {
+    for (int64_t m = 0; m < r.count; m++) {
+      Vf total = zero();
+      for (int i = 0; i < kGroup; i += Vf::W) total = total + load(t.total + m * kGroup + i);
+      Vf scale = set1(1.0f / sum(total));
+      int64_t head = r.head + m % r.per;
+      const float* gate = qkv + (r.token + m / r.per) * row + (2 * head + 1) * p.hd;
+      float* to = out + r.index(p, m) * p.hd;
+      for_vectors(p.hd, [&](int64_t i, int n) {
+        Vf o = load(t.o + m * kv.width + i) * scale;
+        store_up_to(to + i, o * sigmoid(load_up_to(gate + i, n)), n);
+      });
+    }
   }
 
   template <int R>
@@ -332,6 +400,31 @@ std::vector<Piece> pieces(const Batch& b, int64_t size) {
   return found;
 }
 
+// Tokens of a task: as many as fill `kTaskRows` rows, fewer where that leaves threads without work.
+int64_t task_tokens(const Layer& p, int64_t tokens, int threads) {
+  int64_t size = std::max(kLeastTaskTokens, kTaskRows * p.kv_heads / p.heads / kLeastTaskTokens * kLeastTaskTokens);
+  while (size > kLeastTaskTokens && tokens * p.kv_heads < 4 * threads * size) size /= 2;
+  return size;
+}
+
+// Norms, rotary, and the new tokens' keys and values into the cache.
+template <class D>
+void write_all(Region& region, Attention<D>& a) {
+  // Cut between groups: two threads never write into one word of V.
+  auto writes = pieces(a.batch, a.kv.block_size % kGroup ? a.kv.block_size : kGroup);
+  region.run(int64_t(writes.size()), [&](int64_t i) { a.write(writes[i].s, writes[i].i0, writes[i].i1); });
+}
+
+// f(piece, KV head) of every task, the longest first.
+template <class D, class F>
+void for_tasks(Region& region, const Attention<D>& a, const F& f) {
+  const Layer& p = a.p;
+  int64_t tokens = a.batch.query_start[a.batch.sequences];
+  auto tiles = pieces(a.batch, task_tokens(p, tokens, region.threads()));
+  int64_t count = int64_t(tiles.size());
+  region.run(count * p.kv_heads, [&](int64_t i) { f(tiles[count - 1 - i / p.kv_heads], i % p.kv_heads); });
+}
+
 template <class D>
 void attention(const Layer& p, const Cache& kv, const Batch& batch, const float* qkv,
                const float* cos_sin, float* out) {
@@ -339,14 +432,31 @@ void attention(const Layer& p, const Cache& kv, const Batch& batch, const float*
   int64_t tokens = batch.query_start[batch.sequences];
   Attention<D> a{p, kv, batch, qkv, cos_sin, 2 * (p.heads + p.kv_heads) * p.hd,
                  region.scratch<uint32_t>(tokens * p.heads * kv.steps), out};
-  // Cut between groups: two threads never write into one word of V.
-  auto writes = pieces(batch, kv.block_size % kGroup ? kv.block_size : kGroup);
-  region.run(int64_t(writes.size()), [&](int64_t i) { a.write(writes[i].s, writes[i].i0, writes[i].i1); });
-  auto tiles = pieces(batch, kTileTokens);
-  int64_t count = int64_t(tiles.size());
-  region.run(count * p.kv_heads, [&](int64_t i) {
-    const Piece& tile = tiles[count - 1 - i / p.kv_heads];  // the longest first
-    a.attend(tile.s, i % p.kv_heads, tile.i0, tile.i1);
+  write_all(region, a);
+  for_tasks(region, a, [&](const Piece& t, int64_t kv_head) { a.attend(t.s, kv_head, t.i0, t.i1); });
+}
+
+enum Phase : int { kBegin = 0, kSection = 1, kEnd = 2 };
+
+// One sequence whose past comes in sections. `work` holds the packed queries, then `Running`.
+template <class D>
+void attention_section(int phase, const Layer& p, const Cache& kv, const Batch& batch, const float* qkv,
+                       const float* cos_sin, const int32_t* table, int64_t keys, float* work, float* out) {
+  Region region;
+  int64_t rows = batch.query_start[1] * p.heads;
+  Attention<D> a{p, kv, batch, qkv, cos_sin, 2 * (p.heads + p.kv_heads) * p.hd, (uint32_t*)work, out};
+  Running running{work + rows * kv.steps, kv.width};
+  if (phase == kBegin) {
+    write_all(region, a);
+    std::memset(running.rows, 0, size_t(rows * running.stride()) * 4);
+    for (int64_t i = 0; i < rows; i++) {
+      running.rows[i * running.stride() + kv.width + kGroup] = -std::numeric_limits<float>::infinity();
+    }
+    return;
+  }
+  const int32_t* section = phase == kSection ? table : nullptr;
+  for_tasks(region, a, [&](const Piece& t, int64_t kv_head) {
+    a.attend_section(kv_head, t.i0, t.i1, section, keys, running);
   });
 }
 
@@ -370,5 +480,29 @@ void em_attention(const float* qkv, const float* cos_sin, void* cache, int cache
   Batch batch{query_start, context_lens, block_tables, sequences, max_blocks};
   cache_dtype == kFloat32 ? attention<OneFloat>(layer, kv, batch, qkv, cos_sin, out)
                           : attention<PairBf16>(layer, kv, batch, qkv, cos_sin, out);
+}
+
+// Floats that one token needs between the calls of em_attention_section.
+int64_t em_attention_work(int cache_dtype, int64_t heads, int64_t hd) {
+  em::Cache kv(nullptr, cache_dtype, em::kGroup, 1, hd);
+  return heads * (kv.steps + em::Running{nullptr, kv.width}.stride());
+}
+
+// One sequence in three phases: 0 writes the new tokens into `cache` at `block_table` and packs the
+// queries; 1, any number of times, adds `keys` older tokens (a multiple of 64) that lie in `cache` at
+// `block_table`; 2 adds the tokens that 0 found and wrote and applies the gate. `context_len` counts
+// the tokens in front of the new ones that stay in the cache of phases 0 and 2.
+void em_attention_section(int phase, const float* qkv, const float* cos_sin, void* cache,
+                          int cache_dtype, int64_t block_size, int64_t tokens, int64_t context_len,
+                          const int32_t* block_table, int64_t keys, int64_t heads, int64_t kv_heads,
+                          int64_t hd, int64_t rotary, float scale, float eps, const float* q_norm,
+                          const float* k_norm, float* work, float* out) {
+  using namespace em;
+  Layer layer{heads, kv_heads, hd, rotary, scale, eps, q_norm, k_norm};
+  Cache kv(cache, cache_dtype, block_size, kv_heads, hd);
+  int32_t query_start[2] = {0, int32_t(tokens)}, context = int32_t(context_len);
+  Batch batch{query_start, &context, block_table, 1, 0};
+  auto run = cache_dtype == kFloat32 ? attention_section<OneFloat> : attention_section<PairBf16>;
+  run(phase, layer, kv, batch, qkv, cos_sin, block_table, keys, work, out);
 }
 }

@@ -57,6 +57,15 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             *(_FLOAT, _FLOAT, _PTR, _PTR, _PTR),
         ],
     ),
+    "em_attention_work": (_LONG, [_INT, _LONG, _LONG]),
+    "em_attention_section": (
+        None,
+        [
+            *(_INT, _PTR, _PTR, _PTR, _INT, _LONG, _LONG, _LONG, _PTR, _LONG),
+            *([_LONG] * 4),
+            *(_FLOAT, _FLOAT, _PTR, _PTR, _PTR, _PTR),
+        ],
+    ),
     # kv_blocks.cpp
     "em_kv_read": (None, [_PTR, _INT, _LONG, _LONG, _LONG, _PTR, _LONG, _PTR]),
     "em_kv_write": (None, [_PTR, _INT, _LONG, _LONG, _LONG, _PTR, _LONG, _PTR]),

@@ -4,16 +4,23 @@ A `Batch` holds T tokens of S sequences, flattened one sequence after the other,
 decode tokens mixed, without padding. It says where each token stands and where its cached past
 lies; it knows neither the model's sizes nor how the caches are laid out.
 
+A batch of one sequence may have a *cold* past: keys and values of its oldest tokens that are not in
+the blocks and come section by section, while the layers run. Its block table then begins behind
+them.
+
 Words: a *block* is a page of KV cache, a *block table* the pages of one sequence in order, a *state
 slot* the place of one sequence's conv and recurrent state in every Gated DeltaNet layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -35,6 +42,24 @@ class Chunk:
 
     num_logits: int = 1
     """Logits are wanted for the last `num_logits` tokens of the chunk; 0 inside a prefill."""
+
+
+class ColdPast(Protocol):
+    """Keys and values of a sequence's oldest tokens, kept outside the blocks."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens: a multiple of 128."""
+        ...
+
+    def next_layer(self) -> Iterator[NDArray[np.uint8]]:
+        """Yield the sections of the next full-attention layer, the oldest tokens first.
+
+        Called once per full-attention layer, in their order. A section is `[B, bytes]`: this
+        layer's part of B >= 1 cache blocks as `Ops.read_kv` gives it, K `[128, Hkv, hd]` before V.
+        It is contiguous, and valid until the next one is asked for.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +94,15 @@ class Batch:
 
     max_context_len: int
     """Largest context, this step's tokens included."""
+
+    cold: ColdPast | None = None
+    """The past of the batch's only sequence that is not in its blocks; `block_tables` begins behind
+    it, `positions` and `context_lens` count it."""
+
+    @property
+    def num_cold_tokens(self) -> int:
+        """Tokens in front of those that `block_tables` holds."""
+        return 0 if self.cold is None else self.cold.num_tokens
 
     @property
     def num_tokens(self) -> int:

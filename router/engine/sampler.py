@@ -19,11 +19,15 @@ from torch import Tensor
 
 from router.engine.candidates import (
     SUM_WIDTH,
+    Candidates,
     Doubles,
     Floats,
     Ints,
     cumulative_masses,
+    floor_candidates,
     masses,
+    nucleus_candidates,
+    row_blocks,
     token_logprobs,
     top_candidates,
 )
@@ -35,14 +39,8 @@ _DRAWS_PER_COUNTER = 4
 _DRAWS_AHEAD = 64
 """Random numbers made at a time; they are a function of the position, so none is ever lost."""
 
-_DRAWN_ROWS = 32
-"""Rows drawn at a time, so that their logits stay in the CPU's cache from pass to pass."""
-
 _LEAST_TEMPERATURE = 1e-30
 """Still not 0 in float32; no two float32 logits of a model are so close that it matters."""
-
-_FIRST_NUCLEUS = 64
-"""Candidates tried first for top-p without top-k; 16 times as many while that is not enough."""
 
 
 class SamplerState:
@@ -178,13 +176,12 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> Samples:
         peaks = logits.gather(1, tokens[:, None])[:, 0].cpu().numpy()
         return _with_failures(Samples(tokens.cpu().numpy()), peaks)
     values: Floats = logits.cpu().numpy()
-    token_ids = values.argmax(1)
-    samples = Samples(token_ids)
-    peaks = values[np.arange(len(values)), token_ids] if len(values) > 1 else values[0, token_ids]
-    _with_failures(samples, peaks)
-    if others:
-        failed = frozenset(samples.failed_rows)
-        _sample_others(samples, values, states, [row for row in others if row not in failed])
+    samples = Samples(np.empty(len(values), dtype=np.int64))
+    if not others:
+        samples.token_ids = values.argmax(1)
+        return _with_failures(samples, values[np.arange(len(values)), samples.token_ids])
+    for block in row_blocks(values):
+        _sample_block(samples, values[block], states[block], block.start)
     return samples
 
 
@@ -195,32 +192,32 @@ def _with_failures(samples: Samples, peaks: Floats) -> Samples:
     return samples
 
 
-def _sample_others(
-    samples: Samples, values: Floats, states: Sequence[SamplerState], rows: list[int]
+def _sample_block(
+    samples: Samples, values: Floats, states: Sequence[SamplerState], start: int
 ) -> None:
-    """Redo the rows that are not plain; their raw maxima are finite."""
-    logged = [row for row in rows if states[row].logprobs is not None]
-    adjusted = [row for row in rows if states[row].is_adjusted]
+    """Draw for rows of any kind, the first of which is row `start` of the step."""
+    token_ids = samples.token_ids[start : start + len(values)]
+    token_ids[:] = values.argmax(1)
+    finite = np.isfinite(values[np.arange(len(values)), token_ids])
+    logged = [row for row, state in enumerate(states) if state.logprobs is not None and finite[row]]
     raw = {row: values[row].copy() for row in logged if states[row].is_adjusted}
-    for row in adjusted:
-        states[row].adjust(values[row])
-        token = samples.token_ids[row] = values[row].argmax()
-        if not np.isfinite(values[row, token]):
-            samples.failed_rows.append(row)
-    failed = frozenset(samples.failed_rows)
-    drawn = [row for row in rows if not states[row].is_greedy and row not in failed]
-    for start in range(0, len(drawn), _DRAWN_ROWS):
-        part = drawn[start : start + _DRAWN_ROWS]
-        picked = values if len(part) == len(values) else values[part]
-        samples.token_ids[part] = draw(picked, [states[row] for row in part])
-    logged = [row for row in logged if row not in failed]
+    for row, state in enumerate(states):
+        if state.is_adjusted and finite[row]:
+            state.adjust(values[row])
+            token = token_ids[row] = values[row].argmax()
+            finite[row] = np.isfinite(values[row, token])
+    samples.failed_rows += (np.flatnonzero(~finite) + start).tolist()
+    drawn = [row for row, state in enumerate(states) if not state.is_greedy and finite[row]]
+    if drawn:
+        token_ids[drawn] = draw(_picked(values, drawn), [states[row] for row in drawn])
+    logged = [row for row in logged if finite[row]]
     if logged:
         before = np.stack([raw.get(row, values[row]) for row in logged])
         tops = np.array([states[row].logprobs for row in logged], dtype=np.int64)
-        found = token_logprobs(before, samples.token_ids[logged], tops)
+        found = token_logprobs(before, token_ids[logged], tops)
         columns = zip(logged, found.token_ids, found.logprobs, found.top, strict=True)
         for row, token_id, logprob, top in columns:
-            samples.logprobs[row] = Logprobs([token_id], [logprob], [top])
+            samples.logprobs[start + row] = Logprobs([token_id], [logprob], [top])
 
 
 def draw(values: Floats, states: Sequence[SamplerState]) -> Ints:
@@ -236,13 +233,19 @@ def draw(values: Floats, states: Sequence[SamplerState]) -> Ints:
     drawing = _Drawing(*np.array(settings, dtype=np.float64).T)
     np.maximum(drawing.temperature, _LEAST_TEMPERATURE, out=drawing.temperature)
     tokens = np.empty(len(values), dtype=np.int64)
-    narrow = (drawing.top_k > 0) | (drawing.top_p < 1.0)
-    if narrow.all():
-        _draw_narrow(tokens, np.arange(len(values)), values, drawing)
-    elif narrow.any():
-        _draw_narrow(tokens, np.flatnonzero(narrow), values, drawing)
-    if not narrow.all():
-        _draw_wide(tokens, np.flatnonzero(~narrow), values, drawing)
+    by_count = drawing.top_k > 0
+    by_mass = ~by_count & (drawing.top_p < 1.0)
+    by_floor = ~by_count & ~by_mass & (drawing.min_p > 0.0)
+    for rows, draw_some in (
+        (by_count, _draw_top_k),
+        (by_mass, _draw_top_p),
+        (by_floor, _draw_min_p),
+        (~by_count & ~by_mass & ~by_floor, _draw_any),
+    ):
+        if rows.all():
+            return draw_some(values, drawing)
+        if rows.any():
+            tokens[rows] = draw_some(values[rows], drawing.of(rows))
     return tokens
 
 
@@ -256,61 +259,81 @@ class _Drawing:
     min_p: Doubles
     uniform: Doubles
 
+    def of(self, rows: NDArray[np.bool_]) -> _Drawing:
+        """Return the settings of some rows."""
+        columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.uniform)
+        return _Drawing(*(column[rows] for column in columns))
 
-def _draw_wide(tokens: Ints, rows: Ints, values: Floats, drawing: _Drawing) -> None:
-    """Draw from the whole vocabulary (less min-p), in order of token id."""
-    picked = values[rows]
-    peaks = picked.max(1)
-    stretches = masses(picked, peaks, drawing.temperature[rows].astype(np.float32))
-    min_p = drawing.min_p[rows]
-    if min_p.any():
-        stretches[stretches < min_p[:, None, None]] = 0.0
+
+def _draw_top_k(values: Floats, drawing: _Drawing) -> Ints:
+    """Draw from the `top_k` most probable tokens."""
+    found = top_candidates(values, drawing.top_k.astype(np.int64))
+    return _choose(found, drawing, None)
+
+
+def _draw_top_p(values: Floats, drawing: _Drawing) -> Ints:
+    """Draw from the smallest set of tokens that holds `top_p` of the mass."""
+    found, totals = nucleus_candidates(values, drawing.temperature, drawing.top_p)
+    return _choose(found, drawing, totals)
+
+
+def _choose(found: Candidates, drawing: _Drawing, totals: Doubles | None) -> Ints:
+    """Draw from candidates by top-p and min-p, in their order.
+
+    Args:
+        found: Candidates; what is not there has no mass.
+        drawing: Settings of the same rows.
+        totals: The mass that `top_p` is a part of, `[rows]`; None: the candidates'.
+    """
+    mass = _relative_masses(found.values, found.values[:, 0], drawing.temperature)
+    cumulative = np.cumsum(mass, axis=1)
+    if totals is None:
+        totals = cumulative[:, -1]
+    in_nucleus = found.values > -np.inf
+    in_nucleus[:, 1:] &= cumulative[:, :-1] < (drawing.top_p * totals)[:, None]
+    kept = (in_nucleus & (mass >= drawing.min_p[:, None])).sum(1)
+    each = np.arange(len(mass))
+    limit = cumulative[each, kept - 1]
+    target = _below(drawing.uniform * limit, limit)
+    tokens: Ints = found.ids[each, (cumulative <= target[:, None]).sum(1)]
+    return tokens
+
+
+def _draw_min_p(values: Floats, drawing: _Drawing) -> Ints:
+    """Draw from the tokens of at least `min_p` times the largest mass, in order of id."""
+    found = floor_candidates(values, drawing.temperature, drawing.min_p)
+    mass = _relative_masses(found.values, found.values.max(1), drawing.temperature)
+    mass[mass < drawing.min_p[:, None]] = 0.0
+    cumulative = np.cumsum(mass, axis=1)
+    target = _below(drawing.uniform * cumulative[:, -1], cumulative[:, -1])
+    tokens: Ints = found.ids[np.arange(len(mass)), (cumulative <= target[:, None]).sum(1)]
+    return tokens
+
+
+def _relative_masses(values: Floats, peaks: Floats, temperatures: Doubles) -> Doubles:
+    """Return `exp((values - peak) / temperature)` in float64."""
+    mass = (values - peaks[:, None]).astype(np.float64)
+    with np.errstate(over="ignore", under="ignore"):
+        mass /= temperatures[:, None]
+        return np.exp(mass, out=mass)
+
+
+def _draw_any(values: Floats, drawing: _Drawing) -> Ints:
+    """Draw from the whole vocabulary, in order of id."""
+    stretches = masses(values, values.max(1), drawing.temperature.astype(np.float32))
     cumulative = cumulative_masses(stretches)
-    target = _below(drawing.uniform[rows] * cumulative[:, -1], cumulative[:, -1])
+    target = _below(drawing.uniform * cumulative[:, -1], cumulative[:, -1])
     stretch = (cumulative <= target[:, None]).sum(1)
-    each = np.arange(len(rows))
+    each = np.arange(len(values))
     before = np.where(stretch > 0, cumulative[each, stretch - 1], 0.0)
     inner = np.cumsum(stretches[each, stretch], axis=1, dtype=np.float64)
     target = _below(target - before, inner[:, -1])
-    tokens[rows] = stretch * SUM_WIDTH + (inner <= target[:, None]).sum(1)
+    tokens: Ints = stretch * SUM_WIDTH + (inner <= target[:, None]).sum(1)
+    return tokens
 
 
-def _draw_narrow(tokens: Ints, rows: Ints, values: Floats, drawing: _Drawing) -> None:
-    """Draw from the most probable tokens, in order of (probability descending, id ascending)."""
-    picked = values if len(rows) == len(values) else values[rows]
-    top_k, top_p = drawing.top_k[rows], drawing.top_p[rows]
-    temperature = drawing.temperature[rows]
-    vocab = values.shape[1]
-    is_open = top_k == 0
-    totals = np.zeros(len(rows))
-    if is_open.any():
-        opened = picked if is_open.all() else picked[is_open]
-        spread = temperature[is_open].astype(np.float32)
-        totals[is_open] = cumulative_masses(masses(opened, opened.max(1), spread))[:, -1]
-    counts = np.where(is_open, _FIRST_NUCLEUS, top_k).astype(np.int64)
-    pending = np.arange(len(rows))
-    while len(pending):
-        part = picked if len(pending) == len(rows) else picked[pending]
-        found = top_candidates(part, counts[pending])
-        scaled = (found.values - found.values[:, :1]).astype(np.float64)
-        with np.errstate(over="ignore", under="ignore"):
-            mass = np.exp(scaled / temperature[pending, None])
-        cumulative = np.cumsum(mass, axis=1)
-        total = np.where(is_open[pending], totals[pending], cumulative[:, -1])
-        before = np.zeros_like(mass)
-        before[:, 1:] = cumulative[:, :-1]
-        in_nucleus = (before < (top_p[pending] * total)[:, None]) & (found.values > -np.inf)
-        in_nucleus[:, 0] = True
-        size = in_nucleus.sum(1)
-        short = is_open[pending] & (size >= counts[pending]) & (counts[pending] < vocab)
-        kept = (in_nucleus & (mass >= drawing.min_p[rows[pending], None])).sum(1)
-        each = np.arange(len(pending))
-        limit = cumulative[each, kept - 1]
-        target = _below(drawing.uniform[rows[pending]] * limit, limit)
-        place = (cumulative <= target[:, None]).sum(1)
-        tokens[rows[pending]] = found.ids[each, place]
-        pending = pending[short]
-        counts[pending] *= 16
+def _picked(values: Floats, rows: Sequence[int]) -> Floats:
+    return values if len(rows) == len(values) else values[rows]
 
 
 def _below(target: Doubles, limit: Doubles) -> Doubles:

@@ -22,6 +22,8 @@ from router.gateway.live import STALL_TIMEOUT_S, EngineCalls, LiveRequests
 from router.gateway.request_reader import RequestReader, ServedModel, in_thread_if_large
 from router.gateway.stream import MAX_PENDING_TOKENS, RequestStream
 from router.gateway.text import TextProcessor
+from router.gateway.turn import SessionTurns
+from router.state.sessions import SessionStore
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -38,6 +40,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         max_pending_tokens: What may wait for one client that reads slowly.
         stall_timeout_s: How long a client may take nothing from its connection.
         address: Returns the router's own `host:port`, for `Accepted`.
+        store: Of sessions; None: there are none.
     """
 
     def __init__(
@@ -51,18 +54,27 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         max_pending_tokens: int = MAX_PENDING_TOKENS,
         stall_timeout_s: float = STALL_TIMEOUT_S,
         address: Callable[[], str] = str,
+        store: SessionStore | None = None,
     ) -> None:
         self._reader = RequestReader(text, model, defaults, max_pending_tokens)
         self._live = LiveRequests(engine, stall_timeout_s)
         self._clock = clock
         self._address = address
+        self._turns: SessionTurns | None = None
+        if store is not None:
+            self._turns = SessionTurns(
+                store, self._reader, self._live, clock=clock, address=address
+            )
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         """Stream a request's output; see `generation.proto`."""
         deadline = self._deadline(context)
         reader = self._reader
         if request.session_id:
-            raise UnsupportedFeatureError("session_id: this router has no session store")
+            if self._turns is None:
+                raise UnsupportedFeatureError("session_id: this router has no session store")
+            await self._turns.generate(request, context, deadline)
+            return
         prompt_ids = await in_thread_if_large(request.ByteSize(), reader.check_and_encode, request)
         request_id = request.request_id or new_request_id()
         is_resumed = request.HasField("resume_from")

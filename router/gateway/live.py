@@ -57,6 +57,7 @@ class LiveRequest:
         engine_id: The engine's name of it. One that takes over has another one than the request:
             the engine may know the first until its next step.
         error: What is to end the handler, or has.
+        is_ending: Set while the handler cleans up, which nothing may cut short.
         ended: Set when the handler has let go of everything.
     """
 
@@ -69,6 +70,7 @@ class LiveRequest:
         "ended",
         "engine_id",
         "error",
+        "is_ending",
         "request_id",
         "writing_since",
     )
@@ -81,6 +83,7 @@ class LiveRequest:
         self.request_id = request_id
         self.engine_id = f"{request_id}~{secrets.token_hex(4)}" if takes_over else request_id
         self.error: ExpertMeshError | None = None
+        self.is_ending = False
         self.ended = asyncio.Event()
         self.writing_since: float | None = None
         self._engine = engine
@@ -111,7 +114,7 @@ class LiveRequest:
 
     def fail(self, error: ExpertMeshError) -> None:
         """End the handler with an error, unless another one has."""
-        if self.error is None:
+        if self.error is None and not self.is_ending:
             self.error = error
             self._task.cancel()
 

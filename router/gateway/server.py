@@ -24,12 +24,20 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from protos.errors import ConfigurationError, NotReadyError
 from protos.tls import ServerTls
-from protos.v1 import gating_pb2, gating_pb2_grpc, generation_pb2, generation_pb2_grpc
+from protos.v1 import (
+    gating_pb2,
+    gating_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+)
 from router.gateway.authentication import ApiKeyInterceptor
 from router.gateway.delivery import LoopDelivery
 from router.gateway.gating import GatingServicer
 from router.gateway.generation import GenerationServicer
 from router.gateway.interceptor import ErrorInterceptor
+from router.gateway.sessions import SessionServicer
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +71,10 @@ class GatewayOptions:
     max_connection_age_s: float = 1800.0
     """After it a client is told to connect anew, so that it finds new routers; its streams run to
     their end on the old connection."""
+    handshake_timeout_s: float = 10.0
+    """A connection that has not finished TLS and the HTTP/2 greeting by then is closed."""
+    max_connections: int = 4096
+    """Further ones are closed at once."""
     tls: ServerTls | None = None
     """None: a plain port."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -79,6 +91,12 @@ def gating_service(servicer: GatingServicer) -> Service:
     """Return the registration of `GatingService`."""
     name = gating_pb2.DESCRIPTOR.services_by_name["GatingService"].full_name
     return Service(name, servicer, gating_pb2_grpc.add_GatingServiceServicer_to_server)
+
+
+def session_service(servicer: SessionServicer) -> Service:
+    """Return the registration of `SessionService`."""
+    name = session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name
+    return Service(name, servicer, session_pb2_grpc.add_SessionServiceServicer_to_server)
 
 
 class Gateway:
@@ -234,5 +252,7 @@ def _server_options(options: GatewayOptions) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.server_handshake_timeout_ms", int(options.handshake_timeout_s * 1000)),
+        ("grpc.max_allowed_incoming_connections", options.max_connections),
         ("grpc.max_connection_age_ms", int(options.max_connection_age_s * 1000)),
     ]

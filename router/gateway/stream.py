@@ -22,7 +22,7 @@ from router.gateway.text import TextStream
 MAX_PENDING_TOKENS = 16384
 """Tokens that may wait for a client, a log-probability counting as one."""
 
-_REASONS = {
+FINISH_REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
@@ -194,7 +194,7 @@ class RequestStream:
     ) -> None:
         assert ended.finish_reason is not None
         finished = message.finished
-        finished.reason = _REASONS[ended.finish_reason]
+        finished.reason = FINISH_REASONS[ended.finish_reason]
         if sequence.text is not None and sequence.text.matched is not None:
             finished.reason = generation_pb2.FINISH_REASON_STOP
             finished.stop_string = sequence.text.matched

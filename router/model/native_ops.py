@@ -20,6 +20,7 @@ from torch import Tensor
 
 from experts.native.kernels import DTYPES, Kernels, Library, PackedLinear
 from router.engine.batch import Batch
+from router.engine.chain import CACHE_BLOCK
 from router.model.lazy_zeros import lazy_zeros
 from router.model.ops import AttentionParams, GdnParams, GdnState
 
@@ -28,11 +29,13 @@ logger = logging.getLogger(__name__)
 _FLOAT32 = torch.float32
 _SHORT_STEP_TOKENS = 32
 """Steps of at most as many tokens make short calls."""
+_STAGED_TOKENS = 4096
+"""Tokens of a cold past that are packed at a time, for one layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class NativeKv:
-    """K and V of one layer, in the layout of `attention.cpp`."""
+    """K and V of one layer, in the layout of `kv_layout.h`."""
 
     blocks: Tensor
     """int32 `[num_blocks, words]`: a block is one row, so it can be copied or stored whole."""
@@ -46,6 +49,17 @@ class NativeKv:
     def num_bytes(self) -> int:
         """Bytes of all its blocks."""
         return self.blocks.numel() * 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Staging:
+    """Where a part of a cold past is packed."""
+
+    shape: tuple[int, int, int]
+    """Block size, KV heads, head dim."""
+    kv: NativeKv
+    cache_blocks: NDArray[np.int32]
+    """`[cache blocks, blocks of one]`: all its blocks in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +94,7 @@ class NativeOps:
         self._dtype = dtype
         self.long, self._short = kernels.long, kernels.short
         self._conv_weights: dict[int, tuple[GdnParams, Tensor]] = {}
+        self._staging: _Staging | None = None
         logger.info(
             "ops_chosen name=native isa=%s dtype=%s threads=%d",
             kernels.isa,
@@ -209,6 +224,9 @@ class NativeOps:
         """See `Ops.attention`."""
         p = params
         out = torch.empty(qkv.shape[0], p.num_heads * p.head_dim)
+        if step.batch.cold is not None:
+            self._attend_in_sections(qkv, params, cos_sin, kv, step.batch, out)
+            return out
         step.library.attention(
             *(qkv.data_ptr(), cos_sin.data_ptr(), kv.address, kv.code, kv.block_size),
             *(step.query_start, step.context_lens, step.block_tables, step.num_sequences),
@@ -216,6 +234,56 @@ class NativeOps:
             *(p.scale, p.eps, p.q_norm.data_ptr(), p.k_norm.data_ptr(), out.data_ptr()),
         )
         return out
+
+    def _attend_in_sections(
+        self,
+        qkv: Tensor,
+        params: AttentionParams,
+        cos_sin: Tensor,
+        kv: NativeKv,
+        batch: Batch,
+        out: Tensor,
+    ) -> None:
+        """Attend to the cold past, then to the blocks: the bits of a past that is all in blocks."""
+        p = params
+        assert batch.cold is not None  # the caller has looked
+        assert batch.num_sequences == 1, "a cold past has its batch for itself"
+        tokens = batch.num_tokens
+        local_context = int(batch.context_lens[0]) - batch.cold.num_tokens
+        work = torch.empty(
+            tokens * self.long.attention_work(kv.code, p.num_heads, p.head_dim), dtype=_FLOAT32
+        )
+
+        def run(phase: int, cache: NativeKv, table: int, keys: int) -> None:
+            self.long.attention_section(
+                *(phase, qkv.data_ptr(), cos_sin.data_ptr(), cache.address, kv.code),
+                *(kv.block_size, tokens, local_context, table, keys, p.num_heads, p.num_kv_heads),
+                *(p.head_dim, p.rotary_dim, p.scale, p.eps, p.q_norm.data_ptr()),
+                *(p.k_norm.data_ptr(), work.data_ptr(), out.data_ptr()),
+            )
+
+        own = batch.block_tables.data_ptr()
+        staging = self._staging_like(kv)
+        run(0, kv, own, 0)
+        most = _STAGED_TOKENS // CACHE_BLOCK
+        for section in batch.cold.next_layer():
+            for start in range(0, section.shape[0], most):
+                part = section[start : start + most]
+                for blocks, values in zip(staging.cache_blocks, part, strict=False):
+                    self.write_kv(staging.kv, blocks, CACHE_BLOCK, values)
+                table = staging.cache_blocks.ctypes.data
+                run(1, staging.kv, table, part.shape[0] * CACHE_BLOCK)
+        run(2, kv, own, 0)
+
+    def _staging_like(self, kv: NativeKv) -> _Staging:
+        """Return blocks for a part of a cold past, in the layout of `kv`; all layers share them."""
+        shape = kv.block_size, kv.num_kv_heads, kv.head_dim
+        if self._staging is None or self._staging.shape != shape:
+            count = _STAGED_TOKENS // kv.block_size
+            blocks = self.allocate_kv(count, *shape, self._dtype)
+            table = np.arange(count, dtype=np.int32).reshape(_STAGED_TOKENS // CACHE_BLOCK, -1)
+            self._staging = _Staging(shape, blocks, table)
+        return self._staging
 
     def allocate_kv(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype

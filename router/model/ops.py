@@ -190,7 +190,8 @@ class Ops(Protocol):
         """Attend causally over the paged past, from the fused projection to the output gate.
 
         Per-head RMS norm of q and k, rotary, write of k and v into the blocks, softmax(q k^T *
-        scale) v with float32 scores, `* sigmoid(gate)`.
+        scale) v with float32 scores, `* sigmoid(gate)`. A batch with a cold past attends to that
+        first, section by section.
 
         Args:
             qkv: `[T, 2*Hq*hd + 2*Hkv*hd]`: per query head (q, gate), then k, then v.

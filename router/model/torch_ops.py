@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from router.engine.batch import Batch
+from router.engine.chain import CACHE_BLOCK
 from router.gating.gate import choose_topk
 from router.model import attention, gated_delta_net, norm
 from router.model.lazy_zeros import lazy_zeros
 from router.model.ops import L2_EPS, AttentionParams, GdnParams, GdnState
+from router.model.streamed_attention import attend_in_sections
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +151,9 @@ class TorchStep:
         slots = self.new_slots.get(block_size)
         if slots is None:
             batch = self.batch
-            block = batch.block_tables[self.sequence_of_token, batch.positions // block_size]
-            slots = self.new_slots[block_size] = (
-                block.long() * block_size + batch.positions % block_size
-            )
+            positions = batch.positions - batch.num_cold_tokens
+            block = batch.block_tables[self.sequence_of_token, positions // block_size]
+            slots = self.new_slots[block_size] = block.long() * block_size + positions % block_size
         return slots
 
     def slots_of_context(self, group: _Group, index: int, block_size: int) -> Tensor:
@@ -363,6 +364,9 @@ class TorchOps:
         new_slots = step.slots_of_new_keys(kv.block_size)
         kv.k.index_copy_(0, new_slots, k)
         kv.v.index_copy_(0, new_slots, v.reshape(-1, kv_heads, size).to(kv.v.dtype))
+        if step.batch.cold is not None:
+            out = self._attend_in_sections(q, kv, step.batch, params.scale)
+            return (out * torch.sigmoid(gate)).to(qkv.dtype).reshape(-1, heads * size)
         parts = []
         for index, group in enumerate(step.groups):
             context = step.slots_of_context(group, index, kv.block_size)
@@ -377,6 +381,22 @@ class TorchOps:
             parts.append(found)
         out = _merge(step.groups, parts, q.shape[0])
         return (out * torch.sigmoid(gate)).to(qkv.dtype).reshape(-1, heads * size)
+
+    def _attend_in_sections(self, q: Tensor, kv: TorchKv, batch: Batch, scale: float) -> Tensor:
+        """Attend to the cold past, then to the blocks, `[T, Hq, hd]`."""
+        assert batch.cold is not None  # the caller has looked
+        assert batch.num_sequences == 1, "a cold past has its batch for itself"
+        count = batch.max_context_len - batch.num_cold_tokens
+        slots = kv.slots_of(batch.block_tables[0].cpu().numpy(), count)
+        shape = -1, 2, CACHE_BLOCK, *kv.k.shape[1:]
+
+        def sections() -> Iterator[tuple[Tensor, Tensor]]:
+            for section in batch.cold.next_layer():  # type: ignore[union-attr]
+                values = torch.from_numpy(section).view(kv.k.dtype).view(shape).to(self.device)
+                yield values[:, 0].flatten(0, 1), values[:, 1].flatten(0, 1)
+
+        out = attend_in_sections(q, sections(), kv.k[slots], kv.v[slots], scale)
+        return out.to(kv.k.dtype)
 
     def _flash_attend(
         self,

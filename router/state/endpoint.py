@@ -15,7 +15,7 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from protos.errors import ConfigurationError
 
@@ -112,6 +112,17 @@ class Endpoint:
             return f"unix://{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"redis{'s' * self.tls}://{host}:{self.port}/{self.db}"
+
+    def url(self) -> str:
+        """Return the URL with its secrets, for handing to another process of ours; never log it."""
+        user = quote(self.username or "", safe="")
+        secret = "" if self.password is None else f"{user}:{quote(self.password, safe='')}@"
+        if self.path:
+            return f"unix://{secret}{quote(self.path)}?db={self.db}"
+        options = {name: value for name in _TLS_OPTIONS if (value := getattr(self, name))}
+        query = f"?{urlencode(options)}" if options else ""
+        scheme, _, rest = str(self).partition("://")
+        return f"{scheme}://{secret}{rest}{query}"
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """Return the TLS context, which checks certificate and host name; None without TLS.

@@ -188,6 +188,10 @@ def test_a_test_file_collects_something(path: Path) -> None:
     assert (path.parent / "__init__.py").exists(), f"{relative(path.parent)} needs an __init__.py"
 
 
+# What a machine may lack, though CI has it: the reason is printed with the skip.
+MAY_SKIP = {"tests/unit/state/conftest.py": "redis-server of the system"}
+
+
 @pytest.mark.parametrize(
     "path", [p for p in sorted(TESTS.rglob("*.py")) if "benchmarks" not in p.parts], ids=relative
 )
@@ -198,6 +202,8 @@ def test_tests_neither_sleep_nor_skip(path: Path) -> None:
         if not isinstance(node, ast.Call | ast.Attribute):
             continue
         text = ast.unparse(node.func) if isinstance(node, ast.Call) else ast.unparse(node)
+        if text == "pytest.skip" and relative(path) in MAY_SKIP:
+            continue
         if text in {
             "time.sleep",
             "pytest.skip",

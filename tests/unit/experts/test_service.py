@@ -33,6 +33,7 @@ from protos.errors import (
 )
 from protos.ids import host_id
 from protos.v1 import experts_pb2, experts_pb2_grpc
+from tests.silent_socket import connect_silently, is_closed_by_peer
 from tests.unit.experts.builders import (
     EXPERTS,
     LAYERS,
@@ -262,6 +263,20 @@ def test_a_taken_port_is_a_resource_error(group: Group) -> None:
 def test_an_address_of_another_host_is_a_resource_error(group: Group) -> None:
     with pytest.raises(ResourceError, match="cannot bind"):
         start_expert_server(group.runtime, "203.0.113.7")
+
+
+def test_silent_connections_are_bounded_in_number_and_time(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "HANDSHAKE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(service_module, "MAX_CONNECTIONS", 3)
+    server = start_expert_server(group.runtime, "127.0.0.1")
+    for sock in [connect_silently(server.address) for _ in range(6)]:
+        assert is_closed_by_peer(sock)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = experts_pb2_grpc.ExpertServiceStub(channel)
+        assert stub.GetState(experts_pb2.GetStateRequest(), timeout=20, wait_for_ready=True).state
+    server.stop()
 
 
 def test_stop_comes_twice_and_frees_the_port(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,16 @@ from router.engine.engine import Engine
 from router.gateway.delivery import LoopDelivery
 from router.gateway.generation import GenerationServicer
 from router.gateway.request_reader import ServedModel
-from router.gateway.server import GatewayOptions, GatewayThread, Service, generation_service
+from router.gateway.server import (
+    GatewayOptions,
+    GatewayThread,
+    Service,
+    generation_service,
+    session_service,
+)
+from router.gateway.sessions import SessionServicer
 from router.gateway.text import TextProcessor
+from router.state.sessions import SessionStore
 from tests.unit.router.test_text import TEMPLATE, TOKENIZER
 
 VOCAB = 260
@@ -65,7 +73,7 @@ class GatewayService:
     thread: GatewayThread
     address: str
     client: Client
-    extra: dict[str, Any] = field(default_factory=dict)
+    servicer: GenerationServicer
 
     def is_idle(self) -> bool:
         """Whether the engine holds nothing any more."""
@@ -84,6 +92,7 @@ def running(
     max_num_seqs: int = 256,
     max_queued: int = 64,
     max_prompt_tokens: int = 2048,
+    store: SessionStore | None = None,
     **servicer_options: Any,
 ) -> Iterator[GatewayService]:
     """Run a gateway; everything is stopped at the end."""
@@ -110,7 +119,9 @@ def running(
         vocab_size=VOCAB,
         dtype="float32",
     )
-    servicer = GenerationServicer(engine, text, served, **servicer_options)
+    servicer = GenerationServicer(engine, text, served, store=store, **servicer_options)
+    if store is not None:
+        services = (*services, session_service(SessionServicer(store)))
     thread = GatewayThread(
         [generation_service(servicer), *services], options or GatewayOptions(), delivery
     )
@@ -118,9 +129,11 @@ def running(
     engine.start()
     client = Client(address, ClientConfig(timeout_s=30, short_timeout_s=10, max_attempts=1))
     try:
-        yield GatewayService(model, engine, thread, address, client)
+        yield GatewayService(model, engine, thread, address, client, servicer)
     finally:
         model.runs.set()
         client.close()
         engine.stop(drain=False)
+        if store is not None:
+            thread.call(store.close())
         thread.stop()

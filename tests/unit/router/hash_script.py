@@ -1,21 +1,55 @@
-"""`HashModel` behind the gateway's tokeniser: every token depends on all before it."""
+"""Models that can be stopped after any step, behind the gateway's tokeniser."""
 
 from __future__ import annotations
 
 import threading
+from typing import Any
 
+from tests.unit.router.gateway_service import ScriptModel
 from tests.unit.router.hash_model import HashModel
 
 
-class HashScript(HashModel):
-    """A `HashModel` with the vocabulary and the brake of `gateway_service.ScriptModel`."""
+class Brake:
+    """Lets a test say how many steps run."""
+
+    runs: threading.Event
+    """Cleared: the next step waits."""
+    _steps_left: int | None = None
+
+    def stop_after(self, steps: int | None) -> None:
+        """Let so many more steps run, then wait; None lets it run on."""
+        self._steps_left = steps
+        if steps is None:
+            self.runs.set()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a step waits."""
+        return not self.runs.is_set()
+
+    def brake(self, batch: Any) -> None:
+        """Wait, where the steps are used up."""
+        if self._steps_left is not None:
+            if self._steps_left == 0:
+                self.runs.clear()
+            else:
+                self._steps_left -= 1
+        assert self.runs.wait(30)
+
+
+class HashScript(Brake, HashModel):
+    """Every token depends on all before it."""
 
     def __init__(self) -> None:
-        super().__init__(vocab=260)
+        HashModel.__init__(self, vocab=260)
         self.runs = threading.Event()
-        """Cleared: the next step waits."""
         self.runs.set()
-        self.before_forward = lambda batch: self._wait()
+        self.before_forward = self.brake
 
-    def _wait(self) -> None:
-        assert self.runs.wait(30)
+
+class BrakedScript(Brake, ScriptModel):
+    """Recites, up to the step at which it is stopped."""
+
+    def __init__(self, script: str | list[int]) -> None:
+        ScriptModel.__init__(self, script)
+        self.before_forward = self.brake

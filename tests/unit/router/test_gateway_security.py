@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,11 @@ from protos.errors import (
     from_rpc_error,
 )
 from protos.tls import Access, ClientTls
+from protos.v1 import generation_pb2, generation_pb2_grpc
 from router.gateway.server import GatewayOptions
 from tests.certificates import SERVER_ONLY, Authority, Issued
+from tests.eventually import eventually
+from tests.silent_socket import connect_silently, is_closed_by_peer
 from tests.unit.router.gateway_service import PROMPT, ScriptModel, running
 
 KEYS = ("first-key", "second-key")
@@ -169,6 +173,25 @@ def test_a_key_in_another_form_is_refused(
     assert isinstance(from_rpc_error(raised.value), UnauthenticatedError)
 
 
+def test_a_call_that_passes_a_clients_key_on_carries_that_one(keyed_address: str) -> None:
+    """A key twice would be refused: nobody could say which one counts."""
+    for own, passed, is_taken in ((KEYS[0], KEYS[1], True), (KEYS[0], "x", False)):
+        with Access(api_key=own).channel(keyed_address) as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            ask = partial(
+                stub.ListModels,
+                generation_pb2.ListModelsRequest(),
+                metadata=[("authorization", f"Bearer {passed}")],
+                timeout=10,
+            )
+            if is_taken:
+                assert ask().models
+            else:
+                with pytest.raises(grpc.RpcError) as raised:
+                    ask()
+                assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 def test_only_health_needs_no_key(keyed_address: str) -> None:
     with grpc.insecure_channel(keyed_address) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(
@@ -193,6 +216,26 @@ def test_a_stream_without_a_key_ends_before_its_first_message(keyed_address: str
             next(route(iter(silence.get, None), timeout=10))
         silence.put(None)
     assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_silent_connections_are_bounded_in_number_and_time(pki: Pki, is_tls: bool) -> None:
+    options = GatewayOptions(
+        handshake_timeout_s=0.5, max_connections=3, tls=identity(pki).server if is_tls else None
+    )
+    tls = ClientTls.from_files(pki.ca.certfile) if is_tls else None
+    with running(ScriptModel("answer"), options=options) as service:
+        silent = [connect_silently(service.address) for _ in range(6)]
+        for sock in silent:
+            assert is_closed_by_peer(sock)
+        assert eventually(lambda: answers(service.address, tls), 20)
+
+
+def answers(address: str, tls: ClientTls | None) -> bool:
+    try:
+        return text_of(address, tls) == "answer"
+    except UnreachableError:
+        return False
 
 
 def test_keys_are_never_logged_or_shown(caplog: pytest.LogCaptureFixture) -> None:

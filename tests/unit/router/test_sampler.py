@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.engine import candidates
 from router.engine.candidates import token_logprobs, top_candidates
 from router.engine.request import SamplingParams
-from router.engine.sampler import SamplerState, draw, sample
+from router.engine.sampler import SamplerState, Samples, draw, sample
 
 NO_PROMPT = np.array([1], dtype=np.int64)
 
@@ -45,6 +46,34 @@ def draw_slowly(row: np.ndarray, params: SamplingParams, uniform: float) -> int:
     return int(order[place])
 
 
+def draw_by_sorting(row: np.ndarray, params: SamplingParams, uniform: float) -> int:
+    """Draw one token with the very arithmetic of `draw`, from a whole vocabulary without bounds."""
+    rows, temperature = row[None], np.array([params.temperature], dtype=np.float32)
+    stretches = candidates.masses(rows, rows.max(1), temperature)
+    cumulative = candidates.cumulative_masses(stretches)[0]
+    if params.top_k or params.top_p < 1.0:
+        order = np.argsort(-row, kind="stable")[: params.top_k or None]
+    elif params.min_p:
+        order = np.arange(len(row))
+    else:
+        target = min(uniform * cumulative[-1], np.nextafter(cumulative[-1], 0))
+        stretch = int((cumulative <= target).sum())
+        inner = np.cumsum(stretches[0, stretch], dtype=np.float64)
+        target -= cumulative[stretch - 1] if stretch else 0.0
+        target = min(target, np.nextafter(inner[-1], 0))
+        return stretch * candidates.SUM_WIDTH + int((inner <= target).sum())
+    mass = np.exp((row[order] - row.max()).astype(np.float64) / params.temperature)
+    if params.top_k or params.top_p < 1.0:
+        running = np.cumsum(mass)
+        total = running[-1] if params.top_k else cumulative[-1]
+        in_nucleus = np.concatenate([[True], running[:-1] < params.top_p * total])
+        mass[~in_nucleus] = 0.0
+    mass[mass < params.min_p] = 0.0
+    running = np.cumsum(mass)
+    target = min(uniform * running[-1], np.nextafter(running[-1], 0))
+    return int(order[(running <= target).sum()])
+
+
 def random_rows(seed: int, num_rows: int, vocab: int, spread: float, ties: bool) -> np.ndarray:
     rows = np.random.default_rng(seed).standard_normal((num_rows, vocab)) * spread
     if ties:
@@ -73,7 +102,7 @@ SETTINGS = st.builds(
     dict,
     temperature=st.sampled_from([0.05, 0.6, 1.0, 1.7]),
     top_k=st.sampled_from([0, 0, 1, 5, 40, 300]),
-    top_p=st.sampled_from([1.0, 0.05, 0.5, 0.9, 0.999]),
+    top_p=st.sampled_from([1.0, 0.05, 0.5, 0.9, 0.999, 1 - 1e-7, 1 - 1e-15]),
     min_p=st.sampled_from([0.0, 0.0, 0.02, 0.5]),
     seed=st.integers(0, 2**64 - 1),
 )
@@ -104,6 +133,63 @@ def test_drawing_equals_its_slow_twin_in_any_company(
                 for nudge in (-1e-5, 1e-5)
             ]
             assert token in nudged
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    vocab=st.sampled_from([2, 700, 3001, 40_000]),
+    spread=st.sampled_from([0.01, 1.0, 2.0, 8.0]),
+    ties=st.booleans(),
+    rows=st.lists(SETTINGS, min_size=1, max_size=4),
+)
+def test_bounds_and_partial_sorts_change_no_token(
+    seed: int, vocab: int, spread: float, ties: bool, rows: list[dict[str, Any]]
+) -> None:
+    values = random_rows(seed, len(rows), vocab, spread, ties)
+    values[:, seed % vocab] += 3 * spread  # a peak, so that nuclei of one and of many occur
+    states = [state_of(**row) for row in rows]
+    assert draw(values, states).tolist() == [
+        draw_by_sorting(row, state.params, state.uniform())
+        for row, state in zip(values, states, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.6])
+@pytest.mark.parametrize("top_p", [0.05, 0.8, 0.95, 0.9999])
+def test_a_nucleus_of_a_large_vocabulary_is_found(temperature: float, top_p: float) -> None:
+    """From a handful of tokens to most of the vocabulary."""
+    row = random_rows(5, 1, 248_320, 2.5, ties=False)
+    row[0, :40] += np.linspace(14, 4, 40, dtype=np.float32)
+    states = [state_of(seed=s, temperature=temperature, top_p=top_p) for s in range(5)]
+    for state in states:
+        token = int(draw(row, [state])[0])
+        assert token == draw_by_sorting(row[0], state.params, state.uniform())
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.from_numpy(random_rows(1, 40, 700, 3.0, ties=True))
+    logits[[3, 22], 5] = math.nan
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "logprobs": 2},
+        {"top_k": 7, "logprobs": 0, "frequency_penalty": 0.5},
+        {"top_p": 0.8},
+        {"min_p": 0.1, "logit_bias": {7: 2.0}},
+    ]
+
+    def results() -> Samples:
+        states = [state_of(seed=row, **kinds[row % 5]) for row in range(40)]
+        return sample(logits.clone(), states)
+
+    at_once = results()
+    monkeypatch.setattr(candidates, "BLOCK_VALUES", 3 * 700)
+    in_blocks = results()
+    fine = [row for row in range(40) if row not in (3, 22)]
+    assert at_once.failed_rows == in_blocks.failed_rows == [3, 22]
+    assert at_once.token_ids[fine].tolist() == in_blocks.token_ids[fine].tolist()
+    assert at_once.logprobs == in_blocks.logprobs
+    assert len(at_once.logprobs) == 15
 
 
 def test_frequencies_follow_the_distribution() -> None:

@@ -43,6 +43,7 @@ def test_a_url_names_a_server(url: str, shown: str, expected: Endpoint) -> None:
     endpoint = Endpoint.parse(url)
     assert endpoint == expected
     assert str(endpoint) == shown
+    assert Endpoint.parse(endpoint.url()) == endpoint
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,270 @@
+"""One turn of a session as it runs: its request, its tokens, how far they are saved.
+
+Knows no store: `router.gateway.turn` decides when tokens are saved and when the turn is committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable, Sequence
+
+from protos.v1 import generation_pb2
+from router.engine.request import EngineRequest, FinishReason, StepOutput
+from router.gateway.request_reader import RequestReader
+from router.gateway.turn_stream import TurnStream
+from router.state.session_records import Lease, TokenIds, TurnRecord
+
+SAVE_TOKENS = 64
+"""Generated tokens that wait at most before they are saved."""
+SAVE_INTERVAL_S = 1.0
+"""How long they wait at most."""
+
+
+class Turn:
+    """A turn under way.
+
+    Args:
+        reader: Says what the request means.
+        request: As it is kept in the store: with its seed, without its input.
+        lease: Of the session.
+        history: Tokens of earlier turns.
+        prompt_ids: What this turn adds to them.
+        forced_ids: Generated tokens that are there already.
+        num_saved: How many of them are in the store.
+        resume_from: Sequence of the last message that the client has.
+        junctions: See `EngineRequest`.
+
+    Attributes:
+        is_committed: Whether the turn is part of the history.
+    """
+
+    def __init__(
+        self,
+        reader: RequestReader,
+        request: generation_pb2.GenerateRequest,
+        lease: Lease,
+        history: TokenIds,
+        prompt_ids: TokenIds,
+        *,
+        forced_ids: tuple[int, ...] = (),
+        num_saved: int = 0,
+        resume_from: int = 0,
+        junctions: tuple[int, ...] = (),
+    ) -> None:
+        self.request = request
+        self.request_id = request.request_id
+        self.lease = lease
+        self.history = history
+        self.prompt_ids = prompt_ids
+        self.num_saved = num_saved
+        self.resume_from = resume_from
+        self.is_committed = False
+        self._reader = reader
+        self._forced_ids = forced_ids
+        self._junctions = junctions
+        self._savable = asyncio.Event()
+        self._is_saved_last = False
+        self._last: generation_pb2.GenerateResponse | None = None
+        self._stream: TurnStream | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Earlier turns and this one's prompt."""
+        return len(self.history) + len(self.prompt_ids)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine has brought the turn to its end, so that it can be committed."""
+        return self._stream is not None and self._stream.ended is not None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Generated tokens so far."""
+        return [] if self._stream is None else self._stream.token_ids
+
+    def engine_request(self, engine_id: str, deadline: float | None) -> EngineRequest:
+        """Return what the engine is to do."""
+        return self._reader.engine_request(
+            self.request,
+            request_id=engine_id,
+            prompt_ids=[*self.history.tolist(), *self.prompt_ids.tolist()],
+            deadline=deadline,
+            forced_ids=self._forced_ids,
+        )
+
+    def open_stream(self, on_overflow: Callable[[], object]) -> TurnStream:
+        """Return the turn's messages."""
+        self._stream = TurnStream(
+            self._reader.text_stream(self.request),
+            self._reader.stream_options(self.request, self.num_prompt_tokens),
+            on_overflow,
+            forced_ids=self._forced_ids,
+            resume_from=self.resume_from,
+        )
+        return self._stream
+
+    def accepted(self, queue_position: int, address: str) -> generation_pb2.Accepted:
+        """Return the first message's content."""
+        return generation_pb2.Accepted(
+            request_id=self.request_id,
+            queue_position=queue_position,
+            prompt_tokens=self.num_prompt_tokens,
+            seed=self.request.sampling.seed,
+            router_address=address,
+            session_tokens=len(self.history),
+            turn=self.lease.turn + 1,
+        )
+
+    # Tokens
+
+    def put(self, output: StepOutput) -> None:
+        """Take what one step did; the engine's sink."""
+        assert self._stream is not None
+        self._stream.put(output)
+        waiting = self._stream.num_savable - self.num_saved
+        if waiting and waiting % SAVE_TOKENS == 0:
+            self._savable.set()
+
+    async def wait_savable(self) -> bool:
+        """Return True when enough tokens wait to be saved, or after `SAVE_INTERVAL_S`.
+
+        False after `stop_saving`.
+        """
+        try:
+            async with asyncio.timeout(SAVE_INTERVAL_S):
+                await self._savable.wait()
+        except TimeoutError:
+            pass
+        self._savable.clear()
+        return not self._is_saved_last
+
+    def stop_saving(self) -> None:
+        """End `wait_savable`: from here on the commit does it."""
+        self._is_saved_last = True
+        self._savable.set()
+
+    def take_savable(self) -> list[int]:
+        """Return the generated tokens that are not saved yet and do not end the turn.
+
+        None of a turn with log-probabilities: they would come back without theirs.
+        """
+        if self._stream is None or self.request.output.HasField("top_logprobs"):
+            return []
+        return self._stream.token_ids[self.num_saved : self._stream.num_savable]
+
+    def unsaved_ids(self) -> list[int]:
+        """Return the generated tokens that are not in the store, to the end."""
+        return self.token_ids[max(0, self.lease.open_tokens - len(self.prompt_ids)) :]
+
+    def close_stream(self) -> None:
+        """Take nothing more from the engine."""
+        if self._stream is not None:
+            self._stream.close()
+
+    # Its end
+
+    def last_message(self) -> generation_pb2.GenerateResponse | None:
+        """Return the message that ends the turn; None where the client has it."""
+        assert self._stream is not None
+        if self._last is None:
+            self._stream.take()  # what a lost client did not get is replayed
+            self._last = self._stream.last()
+        return self._last if self._last.sequence > self.resume_from else None
+
+    def record(self) -> TurnRecord:
+        """Return what the session's log keeps of the turn."""
+        self.last_message()
+        last = self._last
+        assert last is not None
+        return TurnRecord(
+            request_id=self.request_id,
+            first_token=len(self.history),
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=len(self.token_ids),
+            finish_reason=_NAMES[last.finished.reason],
+            finished_ms=time.time_ns() // 1_000_000,
+            details={
+                "request": base64.b64encode(self.request.SerializeToString()).decode(),
+                "cached": last.usage.cached_prompt_tokens,
+                "stop_token_id": (
+                    last.finished.stop_token_id if last.finished.HasField("stop_token_id") else None
+                ),
+            },
+        )
+
+
+_NAMES = {
+    generation_pb2.FINISH_REASON_STOP: FinishReason.STOP.value,
+    generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH.value,
+    generation_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED.value,
+}
+
+
+def kept_request(
+    request: generation_pb2.GenerateRequest, request_id: str
+) -> generation_pb2.GenerateRequest:
+    """Return a copy for the store: what is to be done, without the input."""
+    kept = generation_pb2.GenerateRequest(request_id=request_id, session_id=request.session_id)
+    kept.sampling.CopyFrom(request.sampling)
+    kept.stopping.CopyFrom(request.stopping)
+    kept.output.CopyFrom(request.output)
+    return kept
+
+
+def replayed(
+    reader: RequestReader,
+    record: TurnRecord,
+    history: TokenIds,
+    resume_from: int,
+    address: str,
+) -> Sequence[generation_pb2.GenerateResponse]:
+    """Form the messages of a committed turn again, without log-probabilities and timing.
+
+    Args:
+        reader: Says what the turn's request means.
+        record: Of the turn.
+        history: At least up to the turn's end.
+        resume_from: Sequence of the last message that the client has.
+        address: This router's.
+    """
+    request = generation_pb2.GenerateRequest.FromString(base64.b64decode(record.details["request"]))
+    first = record.first_token + record.prompt_tokens
+    ids: list[int] = history[first : first + record.completion_tokens].tolist()
+    reason = FinishReason(record.finish_reason)
+    num_forced = len(ids) if reason is FinishReason.CANCELLED else len(ids) - 1
+    stream = TurnStream(
+        reader.text_stream(request),
+        reader.stream_options(request, first),
+        on_overflow=lambda: None,
+        forced_ids=ids[:num_forced],
+        resume_from=resume_from,
+    )
+    stream.cached = record.details["cached"]
+    stream.put(
+        StepOutput(
+            record.request_id,
+            0,
+            ids[num_forced:],
+            finish_reason=reason,
+            stop_token_id=record.details["stop_token_id"],
+        )
+    )
+    messages = []
+    if not resume_from:
+        accepted = generation_pb2.Accepted(
+            request_id=record.request_id,
+            prompt_tokens=first,
+            seed=request.sampling.seed,
+            router_address=address,
+            session_tokens=record.first_token,
+            turn=record.turn,
+        )
+        messages.append(generation_pb2.GenerateResponse(sequence=1, accepted=accepted))
+    messages += stream.take()
+    last = stream.last()
+    last.finished.persisted = True
+    if last.sequence > resume_from:
+        messages.append(last)
+    return messages
