@@ -13,7 +13,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -230,16 +231,24 @@ class RouterProcess:
         return left
 
     def stop(self) -> None:
-        """End the router. Streams that still run end with UNAVAILABLE."""
-        if self._engine is not None:
-            self._engine.stop(drain=False)
+        """End the router. Streams that still run end with UNAVAILABLE.
+
+        Takes a few seconds at most: a step or a call that waits for a silent group (for minutes)
+        is left behind, and ends with the process.
+        """
+        engine, gating = self._engine, self._gating
+        if engine is not None and _ends_within(STEP_END_S, partial(engine.stop, drain=False)):
+            engine = None
         if self._gateway is not None:
             self._gateway.stop(STREAM_END_S)
-        if self._gating is not None:
-            self._gating.close()
-        for dispatcher in (self._dispatcher, self._gating_dispatcher):
-            if dispatcher is not None:
-                dispatcher.close()
+        if gating is not None and _ends_within(STEP_END_S, gating.close):
+            gating = None
+        if engine is None and gating is None:
+            for dispatcher in (self._dispatcher, self._gating_dispatcher):
+                if dispatcher is not None:
+                    dispatcher.close()
+        else:
+            log.warning("router_left_waiting router=%s reason=%r", self.router_id, "a silent group")
         self._ended.set()
 
     # What `ClusterServicer` asks.
@@ -380,5 +389,15 @@ class RouterProcess:
         return Gate(weights, self._model.top_k)
 
 
+def _ends_within(timeout_s: float, end: Callable[[], None]) -> bool:
+    """Run `end` in a thread and wait for it so long; whether it ended."""
+    thread = threading.Thread(target=end, name="end", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return not thread.is_alive()
+
+
 STREAM_END_S = 1.0
 """How long the gateway gets to tell the clients of cut streams what happened."""
+STEP_END_S = 2.0
+"""How long the step under way, or a call of `GatingService`, gets to end."""

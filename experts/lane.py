@@ -59,6 +59,8 @@ from protos.errors import (
 log = logging.getLogger(__name__)
 
 TOKEN_BYTES = 32
+STOP_TIMEOUT_S = 5.0
+"""How long `stop` waits for forwards that are being computed."""
 TOKEN_LIFE_S = 30.0
 MAX_TOKENS = 1024
 """Tokens that wait for their connection; the oldest makes room."""
@@ -164,8 +166,9 @@ class LaneServer:
             return LaneOffer(token, self.unix_path, None)
         return LaneOffer(token, None, self.tcp_address)
 
-    def stop(self) -> None:
-        """Close listeners and connections, and wait for their threads."""
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Close listeners and connections, and wait for their threads, but no longer than
+        `timeout_s`: a forward under way ends when it ends."""
         with self._lock:
             if self._stopping:
                 return
@@ -175,8 +178,9 @@ class LaneServer:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         self._close_listeners()
+        deadline = time.monotonic() + timeout_s
         for thread in [*self._acceptors, *lanes.values()]:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _listen_on_tcp(self, host: str) -> str:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ from grpc_health.v1 import (  # type: ignore[import-untyped]
 from experts.calls import MAX_MESSAGE_BYTES
 from experts.express import FIRST_BUFFER_BYTES, KEPT_BUFFER_BYTES, FrameBuffers
 from experts.group_state import GroupState
-from experts.lane import LaneServer
+from experts.lane import STOP_TIMEOUT_S, LaneServer
 from experts.runtime import ExpertRuntime
 from protos.codec import (
     Buffer,
@@ -241,12 +242,17 @@ class ExpertServer:
         return self._lanes
 
     def stop(self, grace_s: float = 1.0) -> None:
-        """Let calls finish for `grace_s`, then end everything that the server started."""
+        """Let calls finish for `grace_s`, then end everything that the server started.
+
+        A forward that is being computed then ends by itself; nobody waits for it much longer than
+        `STOP_TIMEOUT_S`.
+        """
+        deadline = time.monotonic() + grace_s + STOP_TIMEOUT_S
         if self._server is not None:
-            self._server.stop(grace_s).wait()
+            self._server.stop(grace_s).wait(grace_s + STOP_TIMEOUT_S)
             self._server = None
-        self._lanes.stop()
-        self._workers.shutdown(cancel_futures=True)
+        self._lanes.stop(max(0.0, deadline - time.monotonic()))
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     def _start(self) -> str:
         server = grpc.server(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,8 +86,11 @@ class Stream:
         self._requests: queue.SimpleQueue[experts_pb2.ForwardRequest | None] = queue.SimpleQueue()
         self._answers = stub.Forward(iter(self._requests.get, None), timeout=30)
 
-    def ask(self, frame: bytes) -> tuple[FrameHeader, bytes]:
+    def send(self, frame: bytes) -> None:
         self._requests.put(experts_pb2.ForwardRequest(frame=frame))
+
+    def ask(self, frame: bytes) -> tuple[FrameHeader, bytes]:
+        self.send(frame)
         header, payload = split_frame(next(self._answers).frame)
         if header.kind is FrameKind.ERROR:
             error = from_status(status_pb2.Status.FromString(bytes(payload)))
@@ -94,8 +98,11 @@ class Stream:
             raise error
         return header, bytes(payload)
 
-    def close(self) -> None:
+    def send_end(self) -> None:
         self._requests.put(None)
+
+    def close(self) -> None:
+        self.send_end()
         assert list(self._answers) == []
 
 
@@ -288,3 +295,41 @@ def test_stop_comes_twice_and_frees_the_port(path: Path) -> None:
     again = start_expert_server(runtime, "127.0.0.1", port)
     assert again.address == server.address
     again.stop()
+
+
+@pytest.mark.parametrize("way", ["lane", "stream"])
+def test_stop_does_not_wait_for_a_forward_that_never_ends(
+    path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "STOP_TIMEOUT_S", 0.1)
+    made = Group(loaded_runtime(path))
+    entered, released, stopped = (threading.Event() for _ in range(3))
+
+    def hang(*call: object) -> None:
+        entered.set()
+        released.wait()
+        raise StalePlacementError(0, 0, 1, 9)
+
+    def stop() -> None:
+        made.server.stop(0)
+        stopped.set()
+
+    monkeypatch.setattr(made.runtime, "forward", hang)
+    header, payload = forward_call(placement_epoch=9)  # not ordinary: past the express
+    frame = pack_header(header) + payload
+    lane = open_lane(made.server.lanes.offer(version=1, host_id=host_id()))
+    stream = Stream(made.stub)
+    if way == "lane":
+        lane.sendall(frame)
+    else:
+        stream.send(frame)
+    assert entered.wait(20)
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    in_time = stopped.wait(20)
+    released.set()
+    stopping.join()
+    stream.send_end()
+    lane.close()
+    made.channel.close()
+    assert in_time
