@@ -44,8 +44,6 @@ from protos.errors import (
 
 STOP_TIMEOUT_S = 10.0
 """How long a drained process gets to close its port before it is killed."""
-NODES_NOTICE_S = 3.0
-"""After this long without nodes the user hears what is missing."""
 WILDCARDS = ("0.0.0.0", "::", "")
 
 Progress = Callable[[str], None]

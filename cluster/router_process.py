@@ -98,6 +98,7 @@ class RouterProcess:
 
     def __init__(self, router_id: str, config: Config) -> None:
         self.router_id = router_id
+        self.shutdown_timeout_s = config.cluster.shutdown_timeout_s
         self._boot = new_boot()
         self._config = config
         self._path = Path(config.model.checkpoint)

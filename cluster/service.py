@@ -23,7 +23,6 @@ from protos.v1 import cluster_pb2, cluster_pb2_grpc, experts_pb2, experts_pb2_gr
 
 ASK_TIMEOUT_S = 2.0
 """How long a member may take to say how it is."""
-DEFAULT_DRAIN_S = 45.0
 DEFAULT_INTERVAL_S = 1.0
 MIN_INTERVAL_S = 0.1
 LOST = "LOST"
@@ -35,6 +34,8 @@ class RouterView(Protocol):
     """What the service asks of the router it runs in."""
 
     router_id: str
+    shutdown_timeout_s: float
+    """How long running requests get where a drain sets no time."""
 
     def status(self) -> cluster_pb2.RouterStatus:
         """Return this router's own figures."""
@@ -107,9 +108,9 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self, request: cluster_pb2.DrainRequest, context: Context
     ) -> cluster_pb2.DrainResponse:
         """Drain this router, or pass the call on to the one that is named."""
-        timeout_s = request.timeout_s or DEFAULT_DRAIN_S
-        if not timeout_s > 0:
-            raise InvalidFieldError("timeout_s", "must be above 0", timeout_s)
+        timeout_s = request.timeout_s or self._router.shutdown_timeout_s
+        if not timeout_s >= 0:
+            raise InvalidFieldError("timeout_s", "must be 0 (the service's own) or more", timeout_s)
         routers = self._router.router_addresses()
         target = request.target or self._router.router_id
         if target == self._router.router_id:

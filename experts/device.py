@@ -62,11 +62,6 @@ def synchronize() -> None:
     accelerator().synchronize()
 
 
-def total_bytes() -> int:
-    """Return the memory of the device in bytes."""
-    return int(accelerator().total_memory())
-
-
 def available_bytes() -> int:
     """Return the free memory of the device in bytes."""
     return int(accelerator().available_memory())

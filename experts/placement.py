@@ -98,10 +98,6 @@ class Placement:
         """Number of logical experts of each layer, E."""
         return int(self.expert_to_group.shape[1])
 
-    def groups_of(self, layer_id: int, expert_id: int) -> tuple[str, ...]:
-        """Return the ids of the groups that hold the expert, first copy first."""
-        return tuple(self.groups[g] for g in self.expert_to_group[layer_id, expert_id] if g >= 0)
-
     def experts_of(self, group_id: str) -> dict[int, list[int]]:
         """Return the group's experts, ascending, by layer; layers without one are left out.
 

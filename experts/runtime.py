@@ -116,11 +116,6 @@ class ExpertRuntime:
         return self._state
 
     @property
-    def is_idle(self) -> bool:
-        """Whether a forward would be computed at once."""
-        return self._compute_lock.is_free
-
-    @property
     def epoch(self) -> int:
         """Epoch of the placement in force; 0 before the first."""
         return self._epoch

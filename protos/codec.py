@@ -246,7 +246,7 @@ def unpack_header(buffer: Buffer, *, max_payload_bytes: int | None = None) -> Fr
     if not 1 <= dtype <= 2:
         raise WireFormatError(f"rows of dtype {dtype}; only float32 (1) and bfloat16 (2) travel")
     if kind == 1:
-        expected = 12 * num_pairs + num_rows * hidden * _ITEM_BYTES[dtype]
+        expected = forward_payload_bytes(num_rows, hidden, num_pairs, dtype)
     elif kind == 2:
         expected = result_payload_bytes(num_rows, hidden, num_pairs, dtype, combine)
     else:

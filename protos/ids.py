@@ -27,11 +27,6 @@ def new_session_id() -> str:
     return f"session-{uuid.uuid4().hex}"
 
 
-def new_router_id() -> str:
-    """Return an id for a router process."""
-    return f"router-{uuid.uuid4().hex[:12]}"
-
-
 def is_valid_id(text: str) -> bool:
     """Return whether `text` may name a request, a router or a group."""
     return _ID.match(text) is not None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.service import ClusterServicer
-from protos.errors import UnreachableError
+from protos.errors import InvalidFieldError, UnreachableError
 from protos.v1 import cluster_pb2
 
 
@@ -21,3 +21,33 @@ async def test_draining_a_router_that_is_gone_says_unreachable() -> None:
     request = cluster_pb2.DrainRequest(target="router-1", timeout_s=5)
     with pytest.raises(UnreachableError):
         await ClusterServicer(router).Drain(request, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("asked_s", "taken_s"), [(0.0, 45.0), (5.0, 5.0)])
+async def test_a_drain_without_a_time_takes_the_services_own(
+    asked_s: float, taken_s: float
+) -> None:
+    taken: list[float] = []
+
+    async def drain_and_leave(timeout_s: float) -> int:
+        taken.append(timeout_s)
+        return 3
+
+    router: Any = SimpleNamespace(
+        router_id="router-0",
+        router_addresses=dict,
+        shutdown_timeout_s=45.0,
+        drain_and_leave=drain_and_leave,
+    )
+    request = cluster_pb2.DrainRequest(timeout_s=asked_s)
+    answer = await ClusterServicer(router).Drain(request, None)  # type: ignore[arg-type]
+    assert (answer.requests_left, taken) == (3, [taken_s])
+
+
+async def test_a_negative_drain_time_is_refused() -> None:
+    router: Any = SimpleNamespace(shutdown_timeout_s=45.0)
+    with pytest.raises(InvalidFieldError, match="timeout_s must be 0"):
+        await ClusterServicer(router).Drain(
+            cluster_pb2.DrainRequest(timeout_s=-1),
+            None,  # type: ignore[arg-type]
+        )

@@ -258,7 +258,7 @@ def test_the_other_calls() -> None:
 
 
 def test_ids() -> None:
-    made = [ids.new_request_id(), ids.new_request_id(), ids.new_router_id()]
+    made = [ids.new_request_id(), ids.new_request_id(), ids.new_session_id()]
     assert len(set(made)) == 3
     for text in made:
         assert ids.check_id(text, field="x") == text
