@@ -188,7 +188,7 @@ class Decoder:
             Logits float32 `[L, vocab_size]` of `batch.logit_rows`.
         """
         native = self._native_step(caches)
-        if native is not None:
+        if native is not None and batch.cold is None:  # a cold past comes between the layers
             cos_sin = self._rotary.rows(batch.positions, batch.max_context_len - 1)
             return native.run(batch, cos_sin)
         return self._forward_by_layer(batch, caches)
