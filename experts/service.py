@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 SERVICE_NAME = "expertmesh.v1.ExpertService"
 MAX_CONCURRENT_RPCS = 128
 """Streams and calls at one time, a thread each; one more is refused with RESOURCE_EXHAUSTED."""
+FIRST_FRAME_S = 10.0
+"""A stream without a frame by then is cancelled."""
 MIN_INTERVAL_S = 0.1
 HANDSHAKE_TIMEOUT_S = 10.0
 """A connection that has not finished TLS and the HTTP/2 greeting by then is closed."""
@@ -79,13 +81,19 @@ class ExpertServicer:
     def forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         """Answer each frame of a stream, in order."""
         self._require_open()
+        # A router opens its stream with a frame in hand; who is silent must not keep the thread.
+        silence = threading.Timer(FIRST_FRAME_S, context.cancel)
+        silence.daemon = True
         with self._lock:
             self._num_streams += 1
         try:
             answers = _Answers(self._runtime)
+            silence.start()
             for message in requests:
+                silence.cancel()
                 yield answers.to(message)
         finally:
+            silence.cancel()
             with self._lock:
                 self._num_streams -= 1
 

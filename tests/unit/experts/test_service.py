@@ -34,6 +34,7 @@ from protos.errors import (
 )
 from protos.ids import host_id
 from protos.v1 import experts_pb2, experts_pb2_grpc
+from tests.eventually import eventually
 from tests.silent_socket import connect_silently, is_closed_by_peer
 from tests.unit.experts.builders import (
     EXPERTS,
@@ -270,6 +271,24 @@ def test_a_taken_port_is_a_resource_error(group: Group) -> None:
 def test_an_address_of_another_host_is_a_resource_error(group: Group) -> None:
     with pytest.raises(ResourceError, match="cannot bind"):
         start_expert_server(group.runtime, "203.0.113.7")
+
+
+def test_a_stream_without_a_frame_is_cancelled_and_one_with_a_frame_is_not(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "FIRST_FRAME_S", 0.3)
+    talking = Stream(group.stub)
+    header, payload = forward_call()
+    talking.ask(pack_header(header) + payload)
+    requests: queue.SimpleQueue[experts_pb2.ForwardRequest | None] = queue.SimpleQueue()
+    silent = group.stub.Forward(iter(requests.get, None), timeout=20)
+    with pytest.raises(grpc.RpcError) as raised:
+        next(silent)
+    assert raised.value.code() is grpc.StatusCode.CANCELLED
+    requests.put(None)
+    assert talking.ask(pack_header(header) + payload)[0].kind is FrameKind.RESULT
+    talking.close()
+    eventually(lambda: group.stub.GetState(experts_pb2.GetStateRequest()).open_streams == 0)
 
 
 def test_silent_connections_are_bounded_in_number_and_time(
