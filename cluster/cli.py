@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from cluster.cli_options import DEFAULT_URL, ApiKey, AsJson, TlsCa, TlsCert, TlsKey, Url, access_of
+from cluster.cli_sessions import sessions_app
 from cluster.config import describe, load_config, shown, to_json_schema
 from cluster.console import errors_exit, out_console, print_json, table
-
-if TYPE_CHECKING:
-    from protos.tls import Access
 
 app = typer.Typer(
     name="expertmesh",
@@ -25,6 +24,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show, check and describe the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(sessions_app, name="sessions")
 
 
 def _setting(path: str, *names: str, panel: str) -> Any:
@@ -36,28 +36,6 @@ Checkpoint = Annotated[
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML or JSON file with these settings.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Url = Annotated[
-    str, typer.Option("--url", help="host:port of a router; grpcs://host:port for a public CA.")
-]
-DEFAULT_URL = "127.0.0.1:50051"
-TlsCa = Annotated[
-    str | None,
-    typer.Option(
-        envvar="EXPERTMESH_TLS_CA", help="CA of the router's certificate (PEM); set: use TLS."
-    ),
-]
-TlsCert = Annotated[
-    str | None, typer.Option(envvar="EXPERTMESH_TLS_CERT", help="Own certificate (PEM).")
-]
-TlsKey = Annotated[str | None, typer.Option(envvar="EXPERTMESH_TLS_KEY", help="Its key (PEM).")]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(
-        envvar="EXPERTMESH_API_KEY",
-        help="Sent with every call; the environment hides it from other users' process lists.",
-    ),
 ]
 
 ServedName = Annotated[
@@ -161,21 +139,6 @@ ClusterSslCaCerts = Annotated[
     str | None, _setting("cluster.ssl_ca_certs", "--cluster-ssl-ca-certs", panel="Cluster")
 ]
 Verbose = Annotated[bool | None, _setting("cluster.verbose", "--verbose", panel="Cluster")]
-
-
-def _access(
-    tls_ca: str | None, tls_cert: str | None, tls_key: str | None, api_key: str | None
-) -> Access:
-    """Return how a command calls a router; TLS where a CA or a certificate is given.
-
-    Raises:
-        ConfigurationError: A file that cannot be read.
-    """
-    from protos.tls import Access, ClientTls
-
-    is_tls = tls_ca is not None or tls_cert is not None or tls_key is not None
-    tls = ClientTls.from_files(tls_ca, tls_cert, tls_key) if is_tls else None
-    return Access(tls=tls, api_key=api_key or None)
 
 
 @app.command()
@@ -301,7 +264,7 @@ def chat(
     from cluster.talk import Sampling, run_chat
 
     with errors_exit():
-        access = _access(tls_ca, tls_cert, tls_key, api_key)
+        access = access_of(tls_ca, tls_cert, tls_key, api_key)
         run_chat(url, access, system, Sampling(temperature, max_tokens, seed))
 
 
@@ -322,7 +285,7 @@ def complete(
     from cluster.talk import Sampling, run_complete
 
     with errors_exit():
-        access = _access(tls_ca, tls_cert, tls_key, api_key)
+        access = access_of(tls_ca, tls_cert, tls_key, api_key)
         text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
         run_complete(url, access, text, Sampling(temperature, max_tokens, seed), as_json=as_json)
 
@@ -337,12 +300,12 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show routers and expert groups of a running service."""
-    from cluster.status import ask_status, print_status, status_document
+    from cluster.status import ask_status, message_document, print_status
 
     with errors_exit():
-        answer = ask_status(url, _access(tls_ca, tls_cert, tls_key, api_key))
+        answer = ask_status(url, access_of(tls_ca, tls_cert, tls_key, api_key))
         if as_json:
-            print_json(status_document(answer))
+            print_json(message_document(answer))
         else:
             print_status(answer)
 

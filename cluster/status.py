@@ -6,6 +6,8 @@ from typing import Any, cast
 
 import grpc
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
 
 from cluster.console import out_console, table
 from cluster.kv_budget import format_bytes
@@ -34,12 +36,12 @@ def ask_status(
     return cast(cluster_pb2.ClusterStatus, answer)
 
 
-def status_document(status: cluster_pb2.ClusterStatus) -> dict[str, Any]:
-    """Return the status as plain JSON types, every field present, 64-bit counts as numbers."""
+def message_document(message: Message) -> dict[str, Any]:
+    """Return a message as plain JSON types, every field present, 64-bit counts as numbers."""
     document = MessageToDict(
-        status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    return cast(dict[str, Any], _numbers(document, status))
+    return cast(dict[str, Any], _numbers(document, message))
 
 
 def dispatch_share(router: cluster_pb2.RouterStatus) -> float:
@@ -82,6 +84,7 @@ def print_status(status: cluster_pb2.ClusterStatus) -> None:
             router.trunk_ops,
         )
     console.print(routers)
+    print_cache(status, console)
     if not status.groups:
         return
     groups = table(
@@ -115,6 +118,61 @@ def print_status(status: cluster_pb2.ClusterStatus) -> None:
     console.print(groups)
 
 
+def print_cache(status: cluster_pb2.ClusterStatus, console: Console) -> None:
+    """Print what the routers reuse, and how their servers of sessions and cached KV are."""
+    caches = table(
+        "cache",
+        "router",
+        ">hit ratio",
+        ">looked up",
+        ">own pool",
+        ">restored",
+        ">lost",
+        ">blocks",
+        ">snapshots",
+        ">loaded",
+        ">stored",
+        ">dropped",
+        ">loads/prefills",
+    )
+    for router in status.routers:
+        if router.HasField("cache"):
+            cache = router.cache
+            caches.add_row(
+                router.router_id,
+                f"{cache.hit_ratio:.0%}",
+                str(cache.lookup_tokens),
+                str(cache.hit_tokens),
+                str(cache.restored_tokens),
+                str(cache.lost_reuse_tokens),
+                format_bytes(cache.block_bytes),
+                format_bytes(cache.snapshot_bytes),
+                format_bytes(cache.loaded_bytes),
+                format_bytes(cache.stored_bytes),
+                format_bytes(cache.dropped_bytes),
+                f"{cache.loads_chosen}/{cache.prefills_chosen}",
+            )
+    if caches.row_count:
+        console.print(caches)
+    stores = table(
+        "stores", "router", "role", "address", "breaker", ">failures", ">used", ">limit", "error"
+    )
+    for router in status.routers:
+        for store in router.stores:
+            stores.add_row(
+                router.router_id,
+                store.role,
+                store.address,
+                store.breaker,
+                str(store.failures),
+                format_bytes(store.used_bytes) if store.used_bytes else "",
+                format_bytes(store.limit_bytes) if store.limit_bytes else "",
+                store.last_error,
+            )
+    if stores.row_count:
+        console.print(stores)
+
+
 def _numbers(document: Any, message: Any) -> Any:
     """Turn the decimal texts that JSON of protobuf uses for 64-bit integers into numbers."""
     if isinstance(document, list):
@@ -123,6 +181,6 @@ def _numbers(document: Any, message: Any) -> Any:
         return document
     fixed = {}
     for name, value in document.items():
-        field = getattr(message, name)
+        field = getattr(message, name) if isinstance(message, Message) else message[name]
         fixed[name] = int(value) if isinstance(field, int) else _numbers(value, field)
     return fixed

@@ -19,6 +19,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 WARM_BYTES = 8
 """Of a position's hash, in a heartbeat."""
@@ -47,6 +48,8 @@ class Load:
     """Tokens of prompts that are not computed yet, waiting and running requests together."""
     num_running: int
     max_running: int
+
+    PACKED_BYTES: ClassVar[int] = _LOAD.size
 
     def pack(self) -> bytes:
         """Return the bytes that travel in a heartbeat."""

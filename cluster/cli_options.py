@@ -1,0 +1,48 @@
+"""Options that every command which calls a router has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from protos.tls import Access
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Url = Annotated[
+    str, typer.Option("--url", help="host:port of a router; grpcs://host:port for a public CA.")
+]
+DEFAULT_URL = "127.0.0.1:50051"
+TlsCa = Annotated[
+    str | None,
+    typer.Option(
+        envvar="EXPERTMESH_TLS_CA", help="CA of the router's certificate (PEM); set: use TLS."
+    ),
+]
+TlsCert = Annotated[
+    str | None, typer.Option(envvar="EXPERTMESH_TLS_CERT", help="Own certificate (PEM).")
+]
+TlsKey = Annotated[str | None, typer.Option(envvar="EXPERTMESH_TLS_KEY", help="Its key (PEM).")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="EXPERTMESH_API_KEY",
+        help="Sent with every call; the environment hides it from other users' process lists.",
+    ),
+]
+
+
+def access_of(
+    tls_ca: str | None, tls_cert: str | None, tls_key: str | None, api_key: str | None
+) -> Access:
+    """Return how a command calls a router; TLS where a CA or a certificate is given.
+
+    Raises:
+        ConfigurationError: A file that cannot be read.
+    """
+    from protos.tls import Access, ClientTls
+
+    is_tls = tls_ca is not None or tls_cert is not None or tls_key is not None
+    tls = ClientTls.from_files(tls_ca, tls_cert, tls_key) if is_tls else None
+    return Access(tls=tls, api_key=api_key or None)
