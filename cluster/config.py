@@ -124,10 +124,6 @@ class StateSection:
     """Memory of each router for what waits to be written, in MiB; what does not fit is dropped."""
     session_ttl_s: float = number(604800.0, minimum=1)
     """Seconds that an idle session is kept, unless it was made with another TTL."""
-    checkpoint_tokens: int = number(64, minimum=1)
-    """A running turn is saved after this many tokens ..."""
-    checkpoint_interval_s: float = number(1.0, minimum=0.01)
-    """... or seconds, whichever comes first."""
     tenant_salt: str | None = secret(None)
     """Text that sets this service's cached KV apart from others on the same servers."""
 

@@ -27,12 +27,16 @@ from cluster.members import (
     GroupMember,
     ProcessFacts,
     RouterStart,
+    engine_id,
+    new_service_id,
     threads_per_group,
 )
 from cluster.preflight import Examination, Facts, quick_checks, router_port
+from cluster.preflight_state import check_state_servers
 from cluster.ray_api import GROUP_RESOURCE, Actor, Guard, PrivateRay, RayCluster
 from cluster.routers import Router, Routers
 from cluster.security import config_of_group
+from cluster.state_servers import ServiceState
 from experts.placement import Placement
 from experts.planner import plan_placement
 from protos.errors import (
@@ -83,6 +87,8 @@ class Service:
     _routers: Routers | None = None
     _examination: Examination | None = None
     _facts: Facts | None = None
+    _state: ServiceState | None = None
+    _service_id: str = field(default_factory=new_service_id)
     _private: PrivateRay | None = None
     _deadline: float = 0.0
     is_ready: bool = False
@@ -96,6 +102,9 @@ class Service:
         self._deadline = time.monotonic() + self.config.cluster.start_timeout_s
         for warning in quick_checks(self.config):
             self.progress(f"warning: {warning}")
+        if self.config.state.enabled:
+            for warning in check_state_servers(self.config.state):
+                self.progress(f"warning: {warning}")
         self._examination = Examination(self.config)
         cluster = self.config.cluster
         if cluster.ray_address is None:
@@ -131,6 +140,7 @@ class Service:
         """
         assert self._facts is not None  # `connect` comes first
         facts = self._facts
+        self._open_state()
         self._routers = Routers(
             calls=self._running,
             recipe=self,
@@ -198,6 +208,16 @@ class Service:
                     self.progress(f"not drained: {error}")
         return left
 
+    def _open_state(self) -> None:
+        """Find or start the servers of sessions and cached KV."""
+        section = self.config.state
+        if not section.enabled:
+            return
+        host = None if self._running.is_private else self._running.own_address()
+        self._state = ServiceState.open(section, host)
+        if self._state.is_embedded:
+            self.progress("sessions are kept in an embedded Valkey, as long as this service lives")
+
     # What `Routers` asks, to start a router again.
 
     def spawn_router(self, router_id: str) -> Actor:
@@ -237,8 +257,16 @@ class Service:
             groups=tuple(self._members),
             num_routers_here=sum(r.facts.node_id == router.facts.node_id for r in here if r.facts),
             num_kv_blocks=router.ready.num_kv_blocks if router.ready else None,
+            service_id=self._service_id,
+            state=self._state.servers if self._state else None,
         )
         return router.actor.call("start", start)
+
+    def router_died(self, router: Router) -> None:
+        """Free the sessions that a dead router held; nobody waits for it."""
+        if self._state is not None and router.facts is not None:
+            name = engine_id(router.router_id, self._service_id)
+            self._state.report_dead(name, router.facts.boot)
 
     def routers_changed(self) -> None:
         """Tell the routers that are up who else serves; nobody waits for it."""
@@ -259,6 +287,9 @@ class Service:
         if self._private is not None:
             self._private.close()
             self._private = None
+        if self._state is not None:
+            self._state.close()
+            self._state = None
 
     def _announce(self, facts: Facts) -> None:
         experts = f"{facts.num_experts} experts a layer" if facts.num_experts else "dense"

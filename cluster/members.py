@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from router.state.endpoint import Endpoint
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessFacts:
@@ -34,6 +36,14 @@ class GroupMember:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StateServers:
+    """Where sessions and cached values are."""
+
+    meta: Endpoint
+    blobs: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterStart:
     """What a router needs besides its trunk."""
 
@@ -50,6 +60,10 @@ class RouterStart:
     """Routers on this node; they share its memory."""
     num_kv_blocks: int | None
     """As many as the process before it had; None: as the memory allows."""
+    service_id: str
+    """Drawn for each `serve`: tells its routers from others' on the same servers."""
+    state: StateServers | None
+    """None: no sessions, nothing shared."""
 
     @property
     def group_addresses(self) -> Mapping[str, str]:
@@ -68,6 +82,16 @@ class RouterReady:
 def new_boot() -> str:
     """Return a text that no other process has."""
     return secrets.token_hex(8)
+
+
+def new_service_id() -> str:
+    """Return a text that tells the routers of one `serve` from those of others."""
+    return secrets.token_hex(4)
+
+
+def engine_id(router_id: str, service_id: str) -> str:
+    """Return the name of a router in leases and heartbeats: `router-0.5f3a9c`."""
+    return f"{router_id}.{service_id}"
 
 
 def threads_per_group(

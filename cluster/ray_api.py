@@ -227,6 +227,12 @@ class RayCluster:
 
         return str(ray.get_runtime_context().get_node_id())
 
+    def own_address(self) -> str:
+        """Return this node's address, as other nodes reach it."""
+        import ray
+
+        return str(ray.util.get_node_ip_address())
+
     def missing(self, bundles: Sequence[Mapping[str, float]]) -> str:
         """Return what the cluster's nodes lack for these bundles, in words; empty: nothing."""
         lacking = []

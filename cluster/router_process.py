@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,13 +27,15 @@ from torch import Tensor
 from cluster.config import Config, EngineSection
 from cluster.hf_overrides import parse_hf_overrides
 from cluster.kv_budget import plan_kv_blocks
-from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart, new_boot
+from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart, engine_id, new_boot
 from cluster.probe import check_answers
+from cluster.router_state import RouterState, cache_namespace
 from cluster.security import load_security
 from cluster.service import ClusterServicer
 from experts.native.kernels import Kernels, load_kernels
 from experts.placement import Placement
 from experts.weights import SafetensorsCheckpoint
+from experts.weights_digest import weights_digest
 from protos.errors import InternalError
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
 from router.engine.batch import Batch
@@ -43,13 +46,17 @@ from router.gateway.delivery import LoopDelivery
 from router.gateway.gating import GatingServicer
 from router.gateway.generation import GenerationServicer
 from router.gateway.request_reader import ServedModel
+from router.gateway.routing import Load, RouterView
 from router.gateway.server import (
+    Gateway,
     GatewayOptions,
     GatewayThread,
     Service,
     gating_service,
     generation_service,
+    session_service,
 )
+from router.gateway.sessions import SessionServicer
 from router.gateway.text import TextProcessor
 from router.gating.dispatch import ExpertDispatcher
 from router.gating.gate import Gate
@@ -113,6 +120,8 @@ class RouterProcess:
         self._gating: GatingServicer | None = None
         self._gating_dispatcher: ExpertDispatcher | None = None
         self._gateway: GatewayThread | None = None
+        self._generation: GenerationServicer | None = None
+        self._shared: RouterState | None = None
         self._engine: Engine | None = None
 
     def facts(self, node_id: str, address: str) -> ProcessFacts:
@@ -151,6 +160,7 @@ class RouterProcess:
                 checkpoint, self._model, self._ops, self._dtype
             )
             self._gate = self._read_gate(checkpoint)
+            self._weights_digest = weights_digest(checkpoint)
         return estimate_memory(self._model, self._dtype).trunk_bytes
 
     def start(self, start: RouterStart) -> RouterReady:
@@ -163,6 +173,7 @@ class RouterProcess:
         """
         self._model_name = start.model_name
         self._members = start.groups
+        self._engine_id = engine_id(self.router_id, start.service_id)
         self._security = security = load_security(self._config)
         if start.placement_json is not None:
             self._placement = Placement.from_json(start.placement_json)
@@ -175,6 +186,7 @@ class RouterProcess:
             deliver=delivery,
         )
         self._engine = engine
+        self._shared = self._share(start)
         self._gateway = GatewayThread(
             self._services(start, engine),
             GatewayOptions(
@@ -188,6 +200,8 @@ class RouterProcess:
         engine.start()
         port = self._gateway.start().rpartition(":")[2]
         self._address = f"{start.advertised_host}:{port}"
+        if self._shared is not None:
+            self._gateway.call(self._shared.start())
         self._state = "READY"
         self._routers = {self.router_id: self._address}
         log.info("router_ready router=%s address=%s", self.router_id, self._address)
@@ -241,7 +255,8 @@ class RouterProcess:
         if engine is not None and _ends_within(STEP_END_S, partial(engine.stop, drain=False)):
             engine = None
         if self._gateway is not None:
-            self._gateway.stop(STREAM_END_S)
+            self._gateway.call(self._close_gateway(self._gateway.gateway))
+            self._gateway.stop()
         if gating is not None and _ends_within(STEP_END_S, gating.close):
             gating = None
         if engine is None and gating is None:
@@ -251,6 +266,14 @@ class RouterProcess:
         else:
             log.warning("router_left_waiting router=%s reason=%r", self.router_id, "a silent group")
         self._ended.set()
+
+    async def _close_gateway(self, gateway: Gateway) -> None:
+        """Close the port, let ended turns reach the store, and leave the store."""
+        await gateway.stop(STREAM_END_S)
+        if self._generation is not None:
+            await self._generation.settle()
+        if self._shared is not None:
+            await self._shared.close()
 
     # What `ClusterServicer` asks.
 
@@ -365,20 +388,68 @@ class RouterProcess:
             vocab_size=self._model.vocab_size,
             dtype=str(self._dtype).removeprefix("torch."),
         )
+        shared = self._shared
+        self._generation = GenerationServicer(
+            engine,
+            self._text,
+            served,
+            self._defaults,
+            address=lambda: self._address,
+            store=shared.store if shared else None,
+        )
         services = [
-            generation_service(GenerationServicer(engine, self._text, served, self._defaults)),
+            generation_service(self._generation),
             Service(
                 cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
                 ClusterServicer(self, self._security.to_routers, self._security.to_groups),
                 cluster_pb2_grpc.add_ClusterServiceServicer_to_server,
             ),
         ]
+        if shared is not None:
+            servicer = SessionServicer(
+                shared.store, shared.namespace, default_ttl_s=self._config.state.session_ttl_s
+            )
+            services.append(session_service(servicer))
         if self._placement is not None:
             # A dispatcher has one call in flight: the service's own keeps it off the engine's.
             self._gating_dispatcher = self._connect(start, None)
             self._gating = GatingServicer(self._gate, self._gating_dispatcher, start.model_name)
             services.append(gating_service(self._gating))
         return services
+
+    def _share(self, start: RouterStart) -> RouterState | None:
+        """Make what is shared with other routers; None where the service has no servers for it."""
+        if start.state is None:
+            return None
+        namespace = cache_namespace(
+            self._weights_digest,
+            self._model.raw,
+            {"dtype": str(self._dtype), "kernels": self._ops.name},
+            self._config.state.tenant_salt,
+        )
+        return RouterState(
+            start.state,
+            engine=self._engine_id,
+            boot=self._boot,
+            service=start.service_id,
+            namespace=namespace,
+            own=self._view,
+            access=replace(self._security.to_routers, api_key=None),
+        )
+
+    def _view(self) -> RouterView:
+        """Return this router as the others are to see it."""
+        assert self._engine is not None
+        stats = self._engine.stats()
+        load = Load(
+            prefill_tokens_per_s=0.0,
+            queued_tokens=0,
+            num_running=stats.num_running + stats.num_waiting,
+            max_running=self._engine.config.max_num_seqs,
+        )
+        return RouterView(
+            router_id=self._engine_id, address=self._address, load=load, warm=frozenset()
+        )
 
     def _read_gate(self, checkpoint: SafetensorsCheckpoint) -> Gate:
         """Read the gate weights once more, unpacked, for `GatingService`."""

@@ -75,6 +75,10 @@ class Recipe(Protocol):
         """Start opening the port; returns the reference."""
         ...
 
+    def router_died(self, router: Router) -> None:
+        """Tell whoever must know at once that the process of a router that was up has ended."""
+        ...
+
     def routers_changed(self) -> None:
         """Tell the routers that are up who else serves."""
         ...
@@ -214,6 +218,8 @@ class Routers:
         """Note a death, or a start that failed, and plan what comes next."""
         was_up = router.phase is Phase.UP
         self._end_process(router)
+        if was_up:
+            self.recipe.router_died(router)
         if was_up and self.clock() - router.up_since >= QUICK_S:
             router.quick_deaths = 0
         else:

@@ -66,6 +66,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 store, self._reader, self._live, clock=clock, address=address
             )
 
+    async def settle(self) -> None:
+        """Wait, some seconds at most, until every turn that has ended is written."""
+        if self._turns is not None:
+            await self._turns.settle_all()
+
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         """Stream a request's output; see `generation.proto`."""
         deadline = self._deadline(context)

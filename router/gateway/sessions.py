@@ -19,7 +19,6 @@ from protos.validate import raise_violations
 from router.state.session_records import SessionRecord, TokenIds, TurnRecord
 from router.state.sessions import SessionStore
 
-DEFAULT_TTL_S = 7 * 86400.0
 MAX_TTL_S = 3650 * 86400.0
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
@@ -37,9 +36,18 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         store: Where they are.
         namespace: What this router's cached values depend on, besides tokens.
         tenant: Whose they are.
+        default_ttl_s: Of a session that is made without one.
     """
 
-    def __init__(self, store: SessionStore, namespace: str = "", tenant: str = "") -> None:
+    def __init__(
+        self,
+        store: SessionStore,
+        namespace: str = "",
+        tenant: str = "",
+        *,
+        default_ttl_s: float = 7 * 86400.0,
+    ) -> None:
+        self._default_ttl_s = default_ttl_s
         self._store = store
         self._namespace = namespace
         self._tenant = tenant
@@ -54,7 +62,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         record = await self._store.create(
             self._tenant,
             request.session_id or new_session_id(),
-            ttl_s=_ttl_s(request) or DEFAULT_TTL_S,
+            ttl_s=_ttl_s(request) or self._default_ttl_s,
             quota_tokens=request.quota_tokens,
             metadata=dict(request.metadata),
             namespace=self._namespace,

