@@ -62,6 +62,9 @@ class EngineConfig:
     """Tokens that a snapshot must save, but for one at a junction: fewer are prefilled faster than
     a snapshot is copied."""
 
+    min_load_timeout_s: float = 0.5
+    """A load from the tier may take so long, however short it was predicted to be."""
+
     def __post_init__(self) -> None:
         for name in (
             "vocab_size",

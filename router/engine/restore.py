@@ -29,10 +29,9 @@ from router.engine.tier import LoadJob, LoadResult, Probe, ProbeResult, Snapshot
 
 logger = logging.getLogger(__name__)
 
-_LEAST_LOAD_S = 0.25
-"""A load may take so long however short it was predicted."""
-_LOAD_SLACK = 1.5
-"""Times the predicted time, after which a load is given up."""
+_LOAD_SLACK = 3.0
+"""Times the predicted time, after which a load is given up. The tier stops hoping for more at half
+of it, and has the rest for the snapshot of what is there."""
 
 
 class Restorer:
@@ -44,16 +43,24 @@ class Restorer:
         io: The pool's memory.
         post: Brings the tier's callbacks into the engine thread.
         clock: The engine's; deadlines are on it.
+        min_timeout_s: See `EngineConfig.min_load_timeout_s`.
     """
 
     def __init__(
-        self, tier: Tier, reuse: Reuse, io: CacheIo, post: Post, clock: Callable[[], float]
+        self,
+        tier: Tier,
+        reuse: Reuse,
+        io: CacheIo,
+        post: Post,
+        clock: Callable[[], float],
+        min_timeout_s: float,
     ) -> None:
         self._tier = tier
         self._reuse = reuse
         self._io = io
         self._post = post
         self._clock = clock
+        self._min_timeout_s = min_timeout_s
 
     def probe(self, sequence: Sequence, done: Callable[[Sequence], None]) -> None:
         """Ask how far a new sequence could be restored, if the pool leaves enough to gain.
@@ -84,7 +91,7 @@ class Restorer:
             )
             if result.should_load:
                 use.load_to = min(result.num_tokens, limit)
-                use.load_timeout_s = max(_LEAST_LOAD_S, _LOAD_SLACK * result.predicted_load_s)
+                use.load_timeout_s = _LOAD_SLACK * result.predicted_load_s
             done(sequence)
 
         self._tier.probe(query, lambda result: self._post(lambda: probed(result)))
@@ -99,7 +106,7 @@ class Restorer:
         use = _use(sequence)
         use.loading = threading.Event()
         loading = _Loading(self._io, sequence, use.loading, self._reuse.cache.blocks_per_entry)
-        timeout_s = use.load_timeout_s
+        timeout_s = max(self._min_timeout_s, use.load_timeout_s)
         if sequence.request.deadline is not None:
             timeout_s = min(timeout_s, sequence.request.deadline - self._clock())
         job = LoadJob(
@@ -160,7 +167,9 @@ def reuse_of(
         reason = f"max_snapshot_bytes {config.max_snapshot_bytes} < {least_bytes}, one snapshot"
     else:
         reuse = Reuse(blocks, io, config, tier, post)
-        return reuse, None if tier is None else Restorer(tier, reuse, io, post, clock)
+        if tier is None:
+            return reuse, None
+        return reuse, Restorer(tier, reuse, io, post, clock, config.min_load_timeout_s)
     logger.info("prefix_caching.off reason=%s", reason)
     return None, None
 

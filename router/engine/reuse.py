@@ -318,6 +318,7 @@ class Reuse:
             io.kv_block_bytes,
             release,
             self._ttl_class(sequence, (index + 1) * CACHE_BLOCK),
+            num_tokens=(index + 1) * CACHE_BLOCK,
         )
         if not is_taken:
             self._skipped_writes += 1

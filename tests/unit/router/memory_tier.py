@@ -112,9 +112,12 @@ class MemoryTier:
         num_bytes: int,
         release: Callable[[], None],
         ttl_class: TtlClass,
+        *,
+        num_tokens: int = 0,
     ) -> bool:
         if not self.takes_values:
             return False
+        assert num_tokens % CACHE_BLOCK == 0 < num_tokens
 
         def write() -> None:
             value = bytearray(num_bytes)
