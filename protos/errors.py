@@ -26,6 +26,7 @@
     |  +- DrainingError               UNAVAILABLE           DRAINING                  after delay
     |  +- EngineStoppedError          UNAVAILABLE           ENGINE_STOPPED            after delay
     |  +- StateUnavailableError       UNAVAILABLE           STATE_UNAVAILABLE         after delay
+    |  +- ColdKvError                 UNAVAILABLE           COLD_KV                   after delay
     |  +- UnreachableError            UNAVAILABLE           UNREACHABLE               after delay
     |  +- RouterLostError             UNAVAILABLE           ROUTER_LOST               after delay
     +- ExpertCallError
@@ -93,6 +94,7 @@ from protos.error_base import (
 )
 from protos.request_errors import (
     ClientStalledError,
+    ColdKvError,
     ContextLengthExceededError,
     DeadlineExceededError,
     DrainingError,
@@ -128,6 +130,7 @@ __all__ = [
     "MAX_VIOLATIONS",
     "CheckpointError",
     "ClientStalledError",
+    "ColdKvError",
     "ConfigurationError",
     "ContextLengthExceededError",
     "DeadlineExceededError",

@@ -319,6 +319,21 @@ class StateUnavailableError(ServiceUnavailableError):
         self.retry_after_s = retry_after_s
 
 
+class ColdKvError(ServiceUnavailableError):
+    """The older KV of a sequence longer than the pool could not be kept, or was lost."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "COLD_KV"
+
+    def __init__(self, detail: str = "", retry_after_s: float = 5.0) -> None:
+        super().__init__(
+            f"the sequence does not fit the KV cache, and its older part was lost: {detail}",
+            detail=detail,
+            retry_after_s=retry_after_s,
+        )
+        self.retry_after_s = retry_after_s
+
+
 class UnreachableError(ServiceUnavailableError):
     """No connection to the service, or the connection was lost; raised by the caller's side."""
 

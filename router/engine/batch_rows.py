@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.engine.batch import Batch
+from router.engine.cold_store import ColdPast
 from router.engine.sequence import Sequence
 
 
@@ -33,6 +34,11 @@ class PrefillChunk:
         """Whether the sequence draws a token after it."""
         return self.stop == self.sequence.num_tokens
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether it has its step for itself."""
+        return self.sequence.cold is not None
+
 
 @dataclass(slots=True)
 class BuiltBatch:
@@ -47,6 +53,9 @@ class BuiltBatch:
 
     prompt_logits: list[tuple[PrefillChunk, int]] = field(default_factory=list)
     """Chunks with prompt rows and where these begin among the logits."""
+
+    past: ColdPast | None = None
+    """What the only sequence has outside the pool; None: the batch is of all decoding rows."""
 
 
 class BatchRows:

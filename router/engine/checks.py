@@ -11,17 +11,22 @@ from protos.errors import ContextLengthExceededError, InvalidFieldError, Resourc
 from router.engine.block_manager import BlockManager
 from router.engine.config import EngineConfig
 from router.engine.request import EngineRequest
+from router.engine.spill import Spill
 
 
 def check_request(
-    request: EngineRequest, prompt: NDArray[np.int64], config: EngineConfig, blocks: BlockManager
+    request: EngineRequest,
+    prompt: NDArray[np.int64],
+    config: EngineConfig,
+    blocks: BlockManager,
+    spill: Spill | None,
 ) -> None:
     """Refuse what cannot run.
 
     Raises:
         InvalidFieldError: A field that would break the step it is part of.
         ContextLengthExceededError: Prompt and `max_tokens` do not fit the context window.
-        ResourceError: It would not fit the KV blocks even alone.
+        ResourceError: It would not fit the KV blocks even alone, nor the cold store with them.
     """
     vocab = f"must be in [0, {config.vocab_size})"
     max_tokens = request.stopping.max_tokens
@@ -47,7 +52,7 @@ def check_request(
         raise InvalidFieldError("junctions", "must be at least 0", min(request.junctions))
     most_tokens = config.max_model_len if max_tokens is None else len(prompt) + max_tokens
     need = blocks.blocks_for(most_tokens - 1)
-    if need > config.num_blocks:
+    if need > config.num_blocks and (spill is None or not spill.can_hold(most_tokens)):
         raise ResourceError(
             "KV blocks",
             str(need),

@@ -58,6 +58,9 @@ class EngineConfig:
     decode_snapshot_interval: int = 4096
     """The same while a sequence decodes."""
 
+    max_cold_bytes: int = 0
+    """Host memory for the oldest KV of a sequence that does not fit the blocks."""
+
     min_snapshot_gain: int = 32
     """Tokens that a snapshot must save, but for one at a junction: fewer are prefilled faster than
     a snapshot is copied."""
@@ -80,7 +83,7 @@ class EngineConfig:
                 raise ConfigurationError(
                     f"engine.{name}", "must be at least 1", getattr(self, name)
                 )
-        for name in ("max_queued", "max_snapshot_bytes"):
+        for name in ("max_queued", "max_snapshot_bytes", "max_cold_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(
                     f"engine.{name}", "must be at least 0", getattr(self, name)
@@ -146,4 +149,8 @@ class EngineStats:
     """Time in steps that ran the model."""
     dispatch_s: float
     """Time in which the model waited for experts."""
+    num_cold_bytes: int = 0
+    """Host memory of what a sequence has outside the blocks."""
+    spilled_blocks: int = 0
+    """Cache blocks that have left the pool."""
     reuse: ReuseStats = field(default_factory=ReuseStats)

@@ -18,12 +18,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from protos.errors import (
+    ColdKvError,
     DeadlineExceededError,
     EngineStoppedError,
     ExpertMeshError,
@@ -35,6 +37,7 @@ from router.engine.batch_rows import BatchRows, BuiltBatch, PrefillChunk
 from router.engine.block_manager import BlockManager
 from router.engine.candidates import token_logprobs
 from router.engine.checks import check_request
+from router.engine.cold_store import ColdTier
 from router.engine.config import EngineConfig, EngineStats, ReuseStats
 from router.engine.inbox import Inbox
 from router.engine.model import Model
@@ -43,6 +46,7 @@ from router.engine.restore import reuse_of
 from router.engine.sampler import sample
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, SequenceState
+from router.engine.spill import MAX_RESTARTS, build_alone, spill_of
 from router.engine.state_pool import StatePool
 from router.engine.tier import Tier
 
@@ -62,6 +66,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         deliver: Deliver | None = None,
         tier: Tier | None = None,
+        cold_tier: ColdTier | None = None,
     ) -> None:
         """Allocate the caches; `start` begins to run.
 
@@ -72,6 +77,8 @@ class Engine:
             deliver: Takes a step's outputs at once and must not raise; None calls each sink.
             tier: Holds prefixes beyond the pool; None: the pool is all. Closed by its owner, after
                 the engine has stopped.
+            cold_tier: Takes the KV of a sequence longer than the pool, behind `max_cold_bytes` of
+                host memory; closed by its owner alike.
         """
         self.config = config
         self._model = model
@@ -86,6 +93,7 @@ class Engine:
         self._reuse, self._restorer = reuse_of(
             model, self._caches, self._blocks, config, tier, self._inbox.post, clock
         )
+        self._spill = spill_of(model, self._caches, self._blocks, config, cold_tier, self._reuse)
         restorer = self._restorer
         self._scheduler = Scheduler(
             blocks=self._blocks,
@@ -94,7 +102,7 @@ class Engine:
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_prompt_rows=config.max_prompt_rows,
-                max_blocks=self._blocks.blocks_for(config.max_model_len),
+                max_blocks=min(self._blocks.blocks_for(config.max_model_len), config.num_blocks),
                 block_size=config.block_size,
             ),
             max_num_seqs=config.max_num_seqs,
@@ -104,6 +112,7 @@ class Engine:
             load=None
             if restorer is None
             else lambda s: restorer.load(s, self._scheduler.end_restore),
+            spill=self._spill,
         )
         self._outputs: list[tuple[Sink, StepOutput]] = []
         self._next_deadline = float("inf")
@@ -142,7 +151,7 @@ class Engine:
         """
         config = self.config
         prompt = np.array(request.prompt_ids, dtype=np.int64)
-        check_request(request, prompt, config, self._blocks)
+        check_request(request, prompt, config, self._blocks, self._spill)
         sequences = [
             Sequence(
                 request,
@@ -224,6 +233,8 @@ class Engine:
             steps=self._steps,
             step_s=self._step_s,
             dispatch_s=float(getattr(self._model, "dispatch_s", 0.0)),
+            num_cold_bytes=0 if self._spill is None else self._spill.num_cold_bytes,
+            spilled_blocks=0 if self._spill is None else self._spill.num_spilled_blocks,
             reuse=ReuseStats()
             if self._reuse is None
             else self._reuse.stats(len(scheduler.probing) + len(scheduler.restoring)),
@@ -267,9 +278,12 @@ class Engine:
         if begin >= self._next_deadline:
             self._expire(begin)
         chunks = self._scheduler.schedule(begin)
+        for sequence, error in self._scheduler.take_lost():
+            self._lose(sequence, error)
         has_batch = bool(chunks or self._scheduler.rows.sequences)
         if has_batch:
             num_decoding = self._scheduler.rows.num_decoding
+            is_alone = bool(chunks) and chunks[0].is_alone
             self._compute(chunks)
             self._steps += 1
             seconds = self._clock() - begin
@@ -278,7 +292,7 @@ class Engine:
             self._hand_out()
         if chunks:
             self._scheduler.keep_prefilled(chunks)
-            if self._restorer is not None:
+            if self._restorer is not None and not is_alone:
                 self._restorer.note_step(chunks, num_decoding, seconds)
         return has_batch
 
@@ -319,11 +333,14 @@ class Engine:
 
     def _compute(self, chunks: list[PrefillChunk]) -> None:
         """Run the model over all decoding rows and these chunks, and draw tokens."""
-        rows = self._scheduler.rows
-        built = rows.build(chunks)
+        is_alone = bool(chunks) and chunks[0].is_alone
+        built = build_alone(chunks[0]) if is_alone else self._scheduler.rows.build(chunks)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), built.past or nullcontext():
                 logits = self._model.forward(built.batch, self._caches)
+        except ColdKvError as error:
+            self._lose(chunks[0].sequence, error)
+            return
         except ExpertMeshError as error:
             self._fail_step(built, chunks, error)
             return
@@ -339,7 +356,7 @@ class Engine:
         if built.sampled:
             if built.sampled_logits is not None:
                 logits = logits[built.sampled_logits]
-            self._draw(built.sampled, logits)
+            self._draw(built, logits)
 
     def _fail_step(
         self, built: BuiltBatch, chunks: list[PrefillChunk], error: ExpertMeshError
@@ -352,6 +369,15 @@ class Engine:
         )
         for sequence in built.sampled + prefilling:
             self._fail(sequence, error, now)
+
+    def _lose(self, sequence: Sequence, error: ColdKvError) -> None:
+        """Let a sequence start over whose cold KV is lost, or end it."""
+        is_last = sequence.num_restarts >= MAX_RESTARTS
+        logger.warning("spill.lost id=%s ends=%s error=%s", sequence.request_id, is_last, error)
+        if is_last:
+            self._fail(sequence, error, self._clock())
+        else:
+            self._scheduler.start_over(sequence)
 
     def _note_prompt_logprobs(self, chunk: PrefillChunk, logits: Tensor) -> None:
         sequence = chunk.sequence
@@ -386,12 +412,13 @@ class Engine:
         computed = sequence.prompt_reported - max(before, sequence.num_cached)
         self._prompt_tokens += max(0, computed)
 
-    def _draw(self, sampled: list[Sequence], logits: Tensor) -> None:
-        """Draw a token for each sequence, one a row of the logits, and move the sequences on."""
-        scheduler = self._scheduler
+    def _draw(self, built: BuiltBatch, logits: Tensor) -> None:
+        """Draw a token for each sampled sequence, one a row of the logits, and move them on."""
+        scheduler, sampled = self._scheduler, built.sampled
         samples = sample(logits, [sequence.sampler for sequence in sampled])
         now = self._clock()
-        scheduler.rows.advance(samples.token_ids)
+        if built.past is None:
+            scheduler.rows.advance(samples.token_ids)
         failed = samples.failed_rows
         logprobs = samples.logprobs
         outputs = self._outputs

@@ -29,6 +29,11 @@ class CacheIo(Protocol):
         ...
 
     @property
+    def num_kv_layers(self) -> int:
+        """Full-attention layers; a cache block is so many parts of equal size, in their order."""
+        ...
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of one state slot: conv and recurrent state of all Gated DeltaNet layers."""
         ...

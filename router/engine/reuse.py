@@ -181,9 +181,14 @@ class Reuse:
             use.chain.extend(sequence.tokens_between(have, sequence.num_tokens))
         return use
 
+    def _span(self, sequence: Sequence, index: int) -> slice:
+        """Return where the blocks of one cache block stand in a sequence's block table."""
+        first = (index - sequence.num_cold_blocks) * self._per
+        return slice(first, first + self._per)
+
     def _blocks_of(self, sequence: Sequence, index: int) -> list[int]:
         """Return the blocks of one cache block of a sequence; fewer where it ends."""
-        return sequence.blocks[index * self._per : (index + 1) * self._per]
+        return sequence.blocks[self._span(sequence, index)]
 
     # While it runs.
 
@@ -200,7 +205,8 @@ class Reuse:
         while use.snapshot_at and use.snapshot_at[-1] <= computed:
             is_due |= self._no_longer_expected(sequence, use.snapshot_at.pop()) == computed
         interval = self._config.decode_snapshot_interval
-        if sequence.is_decoding and interval and computed % interval == 0:
+        is_spilled_decode = sequence.cold is not None and computed > sequence.prompt_len
+        if (sequence.is_decoding or is_spilled_decode) and interval and computed % interval == 0:
             is_due |= computed - use.floor >= self._config.min_snapshot_gain
         if is_due:
             self._take_snapshot(sequence)
@@ -208,7 +214,8 @@ class Reuse:
 
     def _keep_blocks(self, sequence: Sequence, *, are_stored: bool = False) -> bool:
         use, moved = _use(sequence), False
-        for index in range(len(use.held), sequence.num_computed // CACHE_BLOCK):
+        first = sequence.num_cold_blocks + len(use.held)
+        for index in range(first, sequence.num_computed // CACHE_BLOCK):
             if use.chain.num_tokens < (index + 1) * CACHE_BLOCK:
                 self._extended(sequence)
             key = use.chain.block_hash(index)
@@ -220,7 +227,7 @@ class Reuse:
                     self._write_block(sequence, index, entry)
             else:
                 self.cache.hold(entry)
-                sequence.blocks[index * self._per : (index + 1) * self._per] = entry.blocks
+                sequence.blocks[self._span(sequence, index)] = entry.blocks
                 self._blocks.release(own)
                 moved = True
             use.held.append(entry)
@@ -253,6 +260,10 @@ class Reuse:
         self._num_snapshots += 1
         self.cache.add_snapshot(use.chain, snapshot)
         self._write_snapshot(sequence, key, snapshot)
+
+    def let_go_of_first(self, sequence: Sequence) -> None:
+        """Let go of the oldest cache block of a sequence that spills it."""
+        self.cache.let_go(_use(sequence).held.pop(0))
 
     def distrust(self, sequence: Sequence) -> None:
         """Let nobody find what a sequence shares: its logits were not finite."""

@@ -16,6 +16,10 @@ Where a sequence is, and what it owns:
     restoring    blocks and a state slot; the tier fills them, and must let go before they are freed
     prefilling   blocks and a state slot
     decoding     blocks, a state slot and a row
+    spilling     blocks of its newest tokens, cold cache blocks, and a state slot
+
+At most one sequence spills: one that does not fit the pool even alone (`router.engine.spill`). It
+has every other step for itself, prefill and decode alike.
 """
 
 from __future__ import annotations
@@ -23,12 +27,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from protos.errors import ColdKvError
 from router.engine.batch_rows import BatchRows, PrefillChunk
 from router.engine.block_manager import BlockManager
 from router.engine.chain import CACHE_BLOCK
 from router.engine.prefix_cache import NO_MATCH, Match
 from router.engine.reuse import Reuse
 from router.engine.sequence import Sequence, SequenceState
+from router.engine.spill import Spill
 from router.engine.state_pool import StatePool
 
 
@@ -46,6 +52,7 @@ class Scheduler:
         max_prompt_rows: int,
         reuse: Reuse | None = None,
         load: Callable[[Sequence], None] | None = None,
+        spill: Spill | None = None,
     ) -> None:
         self.probing: dict[Sequence, None] = {}
         self.waiting: deque[Sequence] = deque()
@@ -55,6 +62,7 @@ class Scheduler:
         self.prefilling: list[Sequence] = []
         """Oldest first."""
         self.rows = rows
+        self.spilling: Sequence | None = None
         self.num_preemptions = 0
         self._blocks = blocks
         self._state_slots = state_slots
@@ -63,11 +71,15 @@ class Scheduler:
         self._max_prompt_rows = max_prompt_rows
         self._reuse = reuse
         self._load = load
+        self._spill = spill
+        self._is_spilling_due = False
+        self._lost: list[tuple[Sequence, ColdKvError]] = []
 
     @property
     def num_running(self) -> int:
         """Sequences that own blocks and a state slot."""
-        return len(self.restoring) + len(self.prefilling) + self.rows.num_decoding
+        num_spilling = 0 if self.spilling is None else 1
+        return len(self.restoring) + len(self.prefilling) + self.rows.num_decoding + num_spilling
 
     @property
     def num_waiting(self) -> int:
@@ -77,7 +89,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any sequence waits for a step."""
-        return bool(self.waiting or self.prefilling or self.rows.sequences)
+        return bool(self.waiting or self.prefilling or self.rows.sequences or self.spilling)
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence into the queue, by age."""
@@ -104,11 +116,42 @@ class Scheduler:
             _insert(self.prefilling, sequence)
 
     def schedule(self, now: float) -> list[PrefillChunk]:
-        """Choose the next step: all decoding rows, and the chunks returned.
-
-        Gives every decoding sequence room for its token, preempting the newest where blocks lack,
-        and admits waiting sequences if nothing had to give way.
+        """Choose the next step: all decoding rows, and the chunks returned; or, where these are of
+        the spilling sequence, its chunk alone.
         """
+        if self._is_spilling_due and (alone := self._spilling_chunk()) is not None:
+            self._is_spilling_due = False
+            return [alone]
+        chunks = self._schedule_others(now)
+        self._is_spilling_due = self.spilling is not None
+        if not chunks and not self.rows.sequences:
+            alone = self._spilling_chunk()
+            return [] if alone is None else [alone]
+        return chunks
+
+    def _spilling_chunk(self) -> PrefillChunk | None:
+        """Return the spilling sequence's next chunk, its blocks in place; None: not now."""
+        sequence = self.spilling
+        if sequence is None or self._spill is None or self._lost:
+            return None
+        budget = min(self._max_num_batched_tokens, self._spill.room(sequence))
+        chunk, _ = self._chunk(sequence, budget, self._max_prompt_rows)
+        if chunk is None:
+            return None
+        try:
+            return chunk if self._spill.make_room(sequence, chunk.stop) else None
+        except ColdKvError as error:
+            self._lost.append((sequence, error))
+            return None
+
+    def take_lost(self) -> list[tuple[Sequence, ColdKvError]]:
+        """Return the spilling sequences that cannot go on, with why; they still run."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    def _schedule_others(self, now: float) -> list[PrefillChunk]:
+        """Give every decoding sequence room for its token, preempting the newest where blocks lack,
+        admit waiting sequences if nothing had to give way, and share out the tokens."""
         preempted_before = self.num_preemptions
         for sequence in self.rows.needing_a_block():
             self._keep_filled(sequence)
@@ -147,12 +190,21 @@ class Scheduler:
             self._preempt(max(self._running(), key=lambda running: running.arrival))
 
     def _running(self) -> list[Sequence]:
-        return self.prefilling + self.rows.sequences
+        spilling = [] if self.spilling is None else [self.spilling]
+        return self.prefilling + self.rows.sequences + spilling
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue with all its tokens."""
         if self._reuse is not None:
             self._reuse.leave(sequence)
+        self._send_back(sequence)
+
+    def start_over(self, sequence: Sequence) -> None:
+        """Send a running sequence back whose caches are in an unknown state."""
+        sequence.num_restarts += 1
+        self._send_back(sequence)
+
+    def _send_back(self, sequence: Sequence) -> None:
         self._release(sequence)
         sequence.state = SequenceState.PREEMPTED
         sequence.num_computed = 0
@@ -168,31 +220,57 @@ class Scheduler:
         """
         while budget > 0 and self.waiting and self._state_slots.num_free:
             num_running = self.num_running
-            sequence = self.waiting[0]
-            if num_running >= self._max_num_seqs:
+            sequence = self._next_waiting()
+            if sequence is None or num_running >= self._max_num_seqs:
                 return
             match = NO_MATCH if self._reuse is None else self._reuse.find(sequence)
             if match is None:
                 return
-            need = self._blocks.blocks_for(sequence.num_tokens) - match.num_blocks
-            if need + match.num_spare + num_running > self._blocks.num_free:
+            is_long = self._spill is not None and self._spill.is_long(sequence)
+            if is_long and self._spill is not None:
+                need = self._spill.window_blocks
+            else:
+                need = self._blocks.blocks_for(sequence.num_tokens) - match.num_blocks
+                need += match.num_spare
+            if need + num_running > self._blocks.num_free:
                 return
-            self.waiting.popleft()
-            self._start(sequence, match, need)
+            self.waiting.remove(sequence)
+            self._start(sequence, match, is_long)
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
-            if sequence.state is SequenceState.RUNNING:
+            if sequence.state is SequenceState.RUNNING and not is_long:
                 budget -= sequence.num_to_compute
 
-    def _start(self, sequence: Sequence, match: Match, need: int) -> None:
+    def _next_waiting(self) -> Sequence | None:
+        """Return the oldest that may be admitted: while one spills, another long one holds back
+        nobody."""
+        if self.spilling is None or self._spill is None:
+            return self.waiting[0]
+        is_long = self._spill.is_long
+        return next((sequence for sequence in self.waiting if not is_long(sequence)), None)
+
+    def _start(self, sequence: Sequence, match: Match, is_long: bool) -> None:
         """Give a sequence what it needs to run, and its prefix."""
         if self._reuse is not None:
             self._reuse.share(sequence, match)
-        sequence.blocks += self._blocks.allocate(need)
         sequence.state_slot = self._state_slots.acquire()
+        if is_long and self._spill is not None:
+            sequence.state = SequenceState.RUNNING
+            self.spilling = sequence
+            try:
+                self._spill.begin(sequence)
+            except ColdKvError as error:
+                self._lost.append((sequence, error))
+                return
+            wanted = self._spill.window_blocks
+        else:
+            wanted = self._blocks.blocks_for(sequence.num_tokens)
+        sequence.blocks += self._blocks.allocate(wanted - len(sequence.blocks))
         if self._reuse is not None:
             self._reuse.restore(sequence, match)
         use = sequence.prefix
+        if is_long:
+            return
         if self._load is not None and use is not None and use.load_to > sequence.num_computed:
             sequence.state = SequenceState.RESTORING
             self.restoring.append(sequence)
@@ -208,23 +286,33 @@ class Scheduler:
         for sequence in self.prefilling:
             if budget == 0:
                 break
-            start = sequence.num_computed
-            stop = min(start + min(sequence.num_to_compute, budget), sequence.next_cut)
-            prompt_rows = range(0)
-            if due := sequence.num_prompt_logprobs_due:
-                first = sequence.prompt_len - 1 - due
-                last = min(stop, sequence.prompt_len - 1)
-                if last - max(first, start) > prompt_rows_left:
-                    stop = last = max(first, start) + prompt_rows_left
-                prompt_rows = range(max(first, start), max(first, start, last))
-                prompt_rows_left -= len(prompt_rows)
-            if stop > start:
-                budget -= stop - start
-                chunks.append(PrefillChunk(sequence, start, stop, prompt_rows))
+            chunk, num_prompt_rows = self._chunk(sequence, budget, prompt_rows_left)
+            prompt_rows_left -= num_prompt_rows
+            if chunk is not None:
+                budget -= chunk.stop - chunk.start
+                chunks.append(chunk)
         return chunks
+
+    def _chunk(
+        self, sequence: Sequence, budget: int, prompt_rows_left: int
+    ) -> tuple[PrefillChunk | None, int]:
+        """Return the next chunk of a sequence, None without room for a token, and its rows."""
+        start = sequence.num_computed
+        stop = min(start + min(sequence.num_to_compute, budget), sequence.next_cut)
+        prompt_rows = range(0)
+        if due := sequence.num_prompt_logprobs_due:
+            first = sequence.prompt_len - 1 - due
+            last = min(stop, sequence.prompt_len - 1)
+            if last - max(first, start) > prompt_rows_left:
+                stop = last = max(first, start) + prompt_rows_left
+            prompt_rows = range(max(first, start), max(first, start, last))
+        chunk = PrefillChunk(sequence, start, stop, prompt_rows) if stop > start else None
+        return chunk, len(prompt_rows)
 
     def end_prefill(self, sequence: Sequence) -> None:
         """Let a sequence whose prefill has ended, and that has drawn a token, decode."""
+        if sequence is self.spilling:
+            return
         self.prefilling.remove(sequence)
         self.rows.add(sequence)
 
@@ -246,6 +334,8 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         if sequence.is_decoding:
             self.rows.remove(sequence)
+        elif sequence is self.spilling:
+            self.spilling = None
         else:
             self.prefilling.remove(sequence)
         self._free(sequence)
@@ -256,6 +346,8 @@ class Scheduler:
         self._state_slots.release(sequence.state_slot)
         sequence.blocks = []
         sequence.state_slot = -1
+        if self._spill is not None and sequence.cold is not None:
+            self._spill.end(sequence)
 
 
 def _insert(queue: list[Sequence] | deque[Sequence], sequence: Sequence) -> None:

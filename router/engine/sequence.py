@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import InvalidFieldError
+from router.engine.cold_store import ColdSequence
 from router.engine.prefix_cache import PrefixUse
 from router.engine.request import (
     EngineRequest,
@@ -50,6 +51,7 @@ class Sequence:
         "admitted_s",
         "arrival",
         "blocks",
+        "cold",
         "first_token_s",
         "index",
         "last_token_s",
@@ -57,6 +59,7 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_preemptions",
+        "num_restarts",
         "output_ids",
         "prefix",
         "prompt",
@@ -123,7 +126,12 @@ class Sequence:
         """Tokens that were in place when it first ran."""
         self.prefix = prefix
         """None where no prefixes are reused."""
+        self.cold: ColdSequence | None = None
+        """Its oldest cache blocks, which have left the pool; None while it does not spill. Then
+        `blocks` begins behind them."""
         self.num_preemptions = 0
+        self.num_restarts = 0
+        """Times that it started over for want of cold KV."""
         self.prompt_logprobs = Logprobs() if request.prompt_logprobs is not None else None
         self.prompt_reported = 0
         self.submitted_s = now
@@ -160,6 +168,11 @@ class Sequence:
     def max_cached_tokens(self) -> int:
         """Most tokens it can ever have in the caches: the last one drawn is never computed."""
         return self.prompt_len + self.max_new_tokens - 1
+
+    @property
+    def num_cold_blocks(self) -> int:
+        """Cache blocks in front of `blocks`."""
+        return 0 if self.cold is None else self.cold.num_blocks
 
     @property
     def is_decoding(self) -> bool:

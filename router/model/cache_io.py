@@ -70,6 +70,11 @@ class DecoderCacheIo:
         }
 
     @property
+    def num_kv_layers(self) -> int:
+        """See `CacheIo.num_kv_layers`."""
+        return len(self._kv)
+
+    @property
     def kv_block_bytes(self) -> int:
         """See `CacheIo.kv_block_bytes`."""
         return self.tail_bytes(CACHE_BLOCK)

@@ -49,6 +49,7 @@ EXAMPLES: list[ExpertMeshError] = [
     errors.DrainingError(),
     errors.EngineStoppedError("shutdown"),
     errors.StateUnavailableError("connection refused", 2.0),
+    errors.ColdKvError("the cold tier did not take a cache block", 2.0),
     errors.UnreachableError("connection refused"),
     errors.RouterLostError("router-1", "its process ended"),
     errors.StalePlacementError(layer_id=3, expert_id=17, group_epoch=4, call_epoch=5),
