@@ -22,15 +22,16 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import torch
-from torch import Tensor
 
 from cluster.config import Config, EngineSection
 from cluster.hf_overrides import parse_hf_overrides
-from cluster.kv_budget import plan_kv_blocks
+from cluster.kv_budget import GIB, plan_kv_blocks
 from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart, engine_id, new_boot
 from cluster.probe import check_answers
 from cluster.router_state import RouterState, cache_namespace
+from cluster.router_status import cache_status, store_status
 from cluster.security import load_security
+from cluster.served_decoder import ServedDecoder
 from cluster.service import ClusterServicer
 from experts.native.kernels import Kernels, load_kernels
 from experts.placement import Placement
@@ -38,7 +39,6 @@ from experts.weights import SafetensorsCheckpoint
 from experts.weights_digest import weights_digest
 from protos.errors import InternalError
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
-from router.engine.batch import Batch
 from router.engine.config import EngineConfig
 from router.engine.engine import Engine
 from router.gateway.defaults import SamplingDefaults
@@ -46,7 +46,7 @@ from router.gateway.delivery import LoopDelivery
 from router.gateway.gating import GatingServicer
 from router.gateway.generation import GenerationServicer
 from router.gateway.request_reader import ServedModel
-from router.gateway.routing import Load, RouterView
+from router.gateway.routing import Load, RouterView, unpack_warm, warm_set
 from router.gateway.server import (
     Gateway,
     GatewayOptions,
@@ -62,42 +62,19 @@ from router.gating.dispatch import ExpertDispatcher
 from router.gating.gate import Gate
 from router.model.cache_io import DecoderCacheIo
 from router.model.config import ModelConfig
-from router.model.decoder import Caches, Decoder
+from router.model.decoder import Decoder
 from router.model.memory import estimate_memory
 from router.model.ops import Ops, choose_ops
 from router.model.weights import TrunkWeights, load_trunk
+from router.state.restore import ValueSizes
 
 log = logging.getLogger(__name__)
 
 DRAIN_POLL_S = 0.05
+ENGINE_LOOK_S = 0.5
 CHECK_TIMEOUT_S = 60.0
 LEAVE_DELAY_S = 0.2
 """Between the answer to `Drain` and the end of the process, so that the answer gets out."""
-
-
-class ServedDecoder:
-    """The decoder as the engine sees it, with the time that it waited for experts."""
-
-    def __init__(self, decoder: Decoder, dispatcher: ExpertDispatcher | None) -> None:
-        self._decoder = decoder
-        self._dispatcher = dispatcher
-
-    @property
-    def dispatch_s(self) -> float:
-        """Seconds spent waiting for expert groups since the start."""
-        return self._dispatcher.dispatch_s if self._dispatcher is not None else 0.0
-
-    def allocate_caches(self, num_blocks: int, block_size: int, num_state_slots: int) -> Caches:
-        """See `Decoder.allocate_caches`."""
-        return self._decoder.allocate_caches(num_blocks, block_size, num_state_slots)
-
-    def cache_io(self, caches: Caches) -> DecoderCacheIo:
-        """See `Decoder.cache_io`."""
-        return self._decoder.cache_io(caches)
-
-    def forward(self, batch: Batch, caches: Caches) -> Tensor:
-        """See `Decoder.forward`."""
-        return self._decoder.forward(batch, caches)
 
 
 class RouterProcess:
@@ -111,7 +88,6 @@ class RouterProcess:
         self._path = Path(config.model.checkpoint)
         self._state = "STARTING"
         self._ended = threading.Event()
-        self._failure = ""
         self._address = ""
         self._members: tuple[GroupMember, ...] = ()
         self._routers: dict[str, str] = {}
@@ -180,13 +156,19 @@ class RouterProcess:
             self._dispatcher = self._connect(start, self._kernels)
         decoder = Decoder(self._model, self._weights, self._ops, self._dispatcher)
         delivery = LoopDelivery()
+        io = decoder.cache_io(decoder.allocate_caches(1, self._config.engine.block_size, 1))
+        namespace = cache_namespace(
+            self._weights_digest, self._model.raw, io.layout, self._config.state.tenant_salt
+        )
+        self._shared = self._share(start, namespace, io)
         engine = Engine(
             ServedDecoder(decoder, self._dispatcher),
-            self._engine_config(decoder, start),
+            self._engine_config(decoder, start, namespace),
             deliver=delivery,
+            tier=self._shared.tier if self._shared else None,
         )
         self._engine = engine
-        self._shared = self._share(start)
+        self._kv_block_bytes = decoder.kv_bytes_per_block(self._config.engine.block_size)
         self._gateway = GatewayThread(
             self._services(start, engine),
             GatewayOptions(
@@ -224,11 +206,12 @@ class RouterProcess:
         """Block until this router ended.
 
         Raises:
-            InternalError: It ended by a fault.
+            InternalError: Its engine ended by a fault: it would answer nothing any more.
         """
-        self._ended.wait()
-        if self._failure:
-            raise InternalError(self._failure)
+        while not self._ended.wait(ENGINE_LOOK_S):
+            engine = self._engine
+            if self._state == "READY" and engine is not None and not engine.is_running:
+                raise InternalError("its engine failed")
 
     def drain(self, timeout_s: float) -> int:
         """Take nothing new and wait for what runs; return how many requests are left."""
@@ -251,12 +234,15 @@ class RouterProcess:
         Takes a few seconds at most: a step or a call that waits for a silent group (for minutes)
         is left behind, and ends with the process.
         """
+        self._state = "STOPPING"
         engine, gating = self._engine, self._gating
         if engine is not None and _ends_within(STEP_END_S, partial(engine.stop, drain=False)):
             engine = None
         if self._gateway is not None:
             self._gateway.call(self._close_gateway(self._gateway.gateway))
             self._gateway.stop()
+        if self._shared is not None and not _ends_within(STEP_END_S, self._shared.tier.close):
+            log.warning("router_left_waiting router=%s reason=%r", self.router_id, "a silent store")
         if gating is not None and _ends_within(STEP_END_S, gating.close):
             gating = None
         if engine is None and gating is None:
@@ -281,7 +267,7 @@ class RouterProcess:
         """Return this router's figures."""
         assert self._engine is not None  # the port opens after the engine exists
         stats = self._engine.stats()
-        return cluster_pb2.RouterStatus(
+        status = cluster_pb2.RouterStatus(
             router_id=self.router_id,
             state=self._state,
             grpc_address=self._routers.get(self.router_id, self._address),
@@ -300,6 +286,20 @@ class RouterProcess:
             pid=os.getpid(),
             trunk_ops=self._ops_name,
         )
+        shared = self._shared
+        if stats.reuse.is_on:
+            status.cache.CopyFrom(
+                cache_status(
+                    stats,
+                    shared.tier.stats() if shared else None,
+                    block_bytes=self._kv_block_bytes,
+                    max_snapshot_bytes=self._engine.config.max_snapshot_bytes,
+                )
+            )
+        if shared is not None:
+            status.sessions_held = shared.store.num_leases
+            status.stores.extend(store_status(server) for server in shared.servers())
+        return status
 
     def service_status(self) -> cluster_pb2.ClusterStatus:
         """Return what is the same for every router."""
@@ -358,7 +358,7 @@ class RouterProcess:
             access=self._security.to_groups,
         )
 
-    def _engine_config(self, decoder: Decoder, start: RouterStart) -> EngineConfig:
+    def _engine_config(self, decoder: Decoder, start: RouterStart, namespace: str) -> EngineConfig:
         section: EngineSection = self._config.engine
         state_bytes = decoder.state_bytes_per_slot * section.max_num_seqs
         free = psutil.virtual_memory().available / start.num_routers_here - state_bytes
@@ -378,6 +378,10 @@ class RouterProcess:
             max_num_batched_tokens=section.max_num_batched_tokens,
             max_queued=section.max_queued,
             eos_token_ids=self._model.eos_token_ids,
+            prefix_caching=section.enable_prefix_caching,
+            namespace=namespace,
+            max_snapshot_bytes=int(self._config.state.snapshot_cache_gib * GIB),
+            snapshot_interval=self._config.state.snapshot_interval_tokens,
         )
 
     def _services(self, start: RouterStart, engine: Engine) -> list[Service]:
@@ -417,18 +421,14 @@ class RouterProcess:
             services.append(gating_service(self._gating))
         return services
 
-    def _share(self, start: RouterStart) -> RouterState | None:
+    def _share(self, start: RouterStart, namespace: str, io: DecoderCacheIo) -> RouterState | None:
         """Make what is shared with other routers; None where the service has no servers for it."""
         if start.state is None:
             return None
-        namespace = cache_namespace(
-            self._weights_digest,
-            self._model.raw,
-            {"dtype": str(self._dtype), "kernels": self._ops.name},
-            self._config.state.tenant_salt,
-        )
         return RouterState(
             start.state,
+            self._config.state,
+            ValueSizes(block_bytes=io.kv_block_bytes, state_bytes=io.state_bytes),
             engine=self._engine_id,
             boot=self._boot,
             service=start.service_id,
@@ -441,15 +441,15 @@ class RouterProcess:
         """Return this router as the others are to see it."""
         assert self._engine is not None
         stats = self._engine.stats()
+        rate = self._shared.tier.cost.prefill_tokens_per_s if self._shared else 0.0
         load = Load(
-            prefill_tokens_per_s=0.0,
-            queued_tokens=0,
+            prefill_tokens_per_s=rate,
+            queued_tokens=stats.num_queued_tokens,
             num_running=stats.num_running + stats.num_waiting,
             max_running=self._engine.config.max_num_seqs,
         )
-        return RouterView(
-            router_id=self._engine_id, address=self._address, load=load, warm=frozenset()
-        )
+        warm = unpack_warm(warm_set(self._engine.warm_positions()))
+        return RouterView(router_id=self._engine_id, address=self._address, load=load, warm=warm)
 
     def _read_gate(self, checkpoint: SafetensorsCheckpoint) -> Gate:
         """Read the gate weights once more, unpacked, for `GatingService`."""

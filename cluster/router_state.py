@@ -1,25 +1,39 @@
-"""What a router shares with the others: sessions, heartbeats, and the name of its cached values.
+"""What a router shares with the others: sessions, cached values, heartbeats.
 
-Lives in the gateway's event loop: `start` and `close` are its coroutines.
+The tier has threads of its own; the rest lives in the gateway's event loop, where `start` and
+`close` are coroutines.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cluster.config import StateSection
 from cluster.members import StateServers
+from cluster.router_status import BLOB, META, Server, memory_of
+from protos.errors import StateUnavailableError
 from protos.tls import Access
 from router.engine.chain import namespace_digest
 from router.gateway.forwarding import Forwarder
 from router.gateway.heartbeat import Heartbeat
 from router.gateway.routing import RouterView
+from router.state.control import ControlClient
+from router.state.kv_store import KvStore
+from router.state.restore import ValueSizes
 from router.state.sessions import SessionStore
+from router.state.tier import BlobTier, TierSettings
+from router.state.writer import WriterSettings
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 """Of cached values; a change of their bytes that no other field shows raises it."""
+LOOK_INTERVAL_S = 5.0
+"""Between two looks at how full the servers are."""
 
 
 def cache_namespace(
@@ -48,10 +62,12 @@ def cache_namespace(
 
 
 class RouterState:
-    """The session store of one router, its heartbeat, and the ways to the other routers.
+    """The session store of one router, its tier, its heartbeat, and the ways to other routers.
 
     Args:
         servers: Where sessions and cached values are.
+        section: Budgets.
+        sizes: Of the model's cached values.
         engine: This router's name in leases and heartbeats.
         boot: Of this process.
         service: What the names of this service's routers end in.
@@ -63,6 +79,8 @@ class RouterState:
     def __init__(
         self,
         servers: StateServers,
+        section: StateSection,
+        sizes: ValueSizes,
         *,
         engine: str,
         boot: str,
@@ -72,20 +90,60 @@ class RouterState:
         access: Access,
     ) -> None:
         self.namespace = namespace
-        self.store = SessionStore.connect(servers.meta, engine=engine, boot=boot)
+        self._meta = ControlClient(servers.meta)
+        self.store = SessionStore(self._meta, engine=engine, boot=boot)
+        self._blobs = KvStore(servers.blobs, namespace)
+        writer = WriterSettings(max_queue_bytes=section.write_queue_mib << 20)
+        self.tier = BlobTier(self._blobs, sizes, TierSettings(writer=writer))
         self.heartbeat = Heartbeat(self.store, own, boot=boot, namespace=namespace, service=service)
         self.forwarder = Forwarder(own, self.heartbeat.others, access)
-        self._beating: asyncio.Task[None] | None = None
+        self._memory: dict[str, tuple[int, int]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Begin to beat."""
-        self._beating = asyncio.create_task(self.heartbeat.run())
+        """Begin to beat, and to look at the servers."""
+        self._tasks = [
+            asyncio.create_task(self.heartbeat.run()),
+            asyncio.create_task(self._look()),
+        ]
 
     async def close(self) -> None:
-        """End the heartbeat and close the connections."""
-        if self._beating is not None:
-            self._beating.cancel()
+        """End what `start` began and close the connections; the tier is closed apart."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
-                await self._beating
+                await task
         await self.forwarder.close()
         await self.store.close()
+
+    def servers(self) -> list[Server]:
+        """Return every server and how it was when last looked at."""
+        found = [(META, str(self._meta.endpoint), self._meta.breaker)]
+        names = zip(self._blobs.servers, self._blobs.breakers, strict=True)
+        found += [(BLOB, name, breaker) for name, breaker in names]
+        return [
+            Server(
+                role=role,
+                address=name,
+                breaker=breaker.state.value,
+                failures=breaker.num_opened,
+                used_bytes=self._memory.get(name, (0, 0))[0],
+                limit_bytes=self._memory.get(name, (0, 0))[1],
+            )
+            for role, name, breaker in found
+        ]
+
+    async def _look(self) -> None:
+        """Ask the servers how full they are, again and again; what does not answer is left out."""
+        meta = str(self._meta.endpoint)
+        while True:
+            blobs = await asyncio.to_thread(self.tier.server_info)
+            memory = {name: memory_of(info) for name, info in blobs.items()}
+            if meta not in memory:
+                try:
+                    memory[meta] = memory_of(await self._meta.command("INFO", "memory"))
+                except StateUnavailableError as error:
+                    log.info("look_failed server=%s why=%s", meta, error)
+            self._memory = memory
+            await asyncio.sleep(LOOK_INTERVAL_S)

@@ -135,6 +135,8 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
+    num_queued_tokens: int
+    """Of prompts, not computed yet: what a new request's prefill would wait for."""
     num_blocks_used: int
     """Owned by sequences; not those that only the prefix cache holds."""
     num_blocks: int

@@ -223,6 +223,7 @@ class Engine:
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting + self._inbox.num_submitted,
+            num_queued_tokens=scheduler.num_queued_tokens,
             num_blocks_used=self._blocks.num_used,
             num_blocks=self._blocks.num_blocks,
             num_state_slots_used=self._state_slots.num_used,
@@ -239,6 +240,15 @@ class Engine:
             if self._reuse is None
             else self._reuse.stats(len(scheduler.probing) + len(scheduler.restoring)),
         )
+
+    def warm_positions(self) -> list[bytes]:
+        """Return the hashes of the positions that the pool can go on from, last used first."""
+        return [] if self._reuse is None else self._reuse.cache.snapshot_keys()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine thread lives; False before `start` and after the end."""
+        return self._thread is not None and self._thread.is_alive()
 
     # The engine thread.
 

@@ -188,6 +188,10 @@ class PrefixCache:
         """Snapshots that can be found."""
         return len(self._snapshots)
 
+    def snapshot_keys(self) -> list[bytes]:
+        """Return the names of all snapshots, last used first. Any thread may call it."""
+        return list(self._snapshots)[::-1]
+
     def has_snapshot(self, key: bytes) -> bool:
         """Say whether there is a snapshot of this name."""
         return key in self._snapshots

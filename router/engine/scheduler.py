@@ -87,6 +87,13 @@ class Scheduler:
         return len(self.probing) + len(self.waiting)
 
     @property
+    def num_queued_tokens(self) -> int:
+        """Tokens of prompts that are not computed yet. Any thread may ask; one that runs beside a
+        step may count a sequence twice or not at all."""
+        queued = [*list(self.waiting), *list(self.prefilling)]
+        return sum(sequence.num_tokens - sequence.num_computed for sequence in queued)
+
+    @property
     def has_work(self) -> bool:
         """Whether any sequence waits for a step."""
         return bool(self.waiting or self.prefilling or self.rows.sequences or self.spilling)

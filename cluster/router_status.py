@@ -1,0 +1,83 @@
+"""A router's figures as `GetStatus` shows them: from what engine, tier and servers say. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from protos.v1 import cluster_pb2
+from router.engine.config import EngineStats
+from router.engine.tier import TierStats
+
+META, BLOB = "meta", "blob"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """One server of sessions or cached values, as this router sees it."""
+
+    role: str
+    address: str
+    """Without credentials."""
+    breaker: str
+    """closed, open or half-open."""
+    failures: int = 0
+    used_bytes: int = 0
+    limit_bytes: int = 0
+
+
+def cache_status(
+    stats: EngineStats, tier: TierStats | None, *, block_bytes: int, max_snapshot_bytes: int
+) -> cluster_pb2.CacheStatus:
+    """Return what a router found of the prompts it took, and what it holds.
+
+    Args:
+        stats: Of the engine.
+        tier: Of the blob servers; None: there are none.
+        block_bytes: Of one KV block, all layers together.
+        max_snapshot_bytes: Budget of the snapshots.
+    """
+    reuse = stats.reuse
+    found = reuse.hit_tokens + reuse.restored_tokens
+    looked_up = found + stats.prompt_tokens
+    status = cluster_pb2.CacheStatus(
+        lookup_tokens=looked_up,
+        hit_tokens=reuse.hit_tokens,
+        restored_tokens=reuse.restored_tokens,
+        lost_reuse_tokens=reuse.lost_tokens,
+        hit_ratio=found / looked_up if looked_up else 0.0,
+        block_bytes=reuse.num_blocks * block_bytes,
+        snapshot_bytes=reuse.num_snapshot_bytes,
+        snapshot_limit_bytes=max_snapshot_bytes,
+    )
+    if tier is not None:
+        status.loaded_bytes = tier.read_bytes
+        status.stored_bytes = tier.written_bytes
+        status.dropped_bytes = tier.dropped_bytes
+        status.queued_bytes = tier.num_queued_bytes
+        status.loads_chosen = int(tier.counters.get("probes_decision_load", 0))
+        status.prefills_chosen = int(tier.counters.get("probes_decision_prefill", 0))
+        status.loads_failed = tier.load_failures
+    return status
+
+
+def store_status(server: Server) -> cluster_pb2.StoreStatus:
+    """Return a server's line."""
+    return cluster_pb2.StoreStatus(
+        role=server.role,
+        address=server.address,
+        breaker=server.breaker.upper().replace("-", "_"),
+        failures=server.failures,
+        used_bytes=server.used_bytes,
+        limit_bytes=server.limit_bytes,
+    )
+
+
+def memory_of(info: Mapping[str, object]) -> tuple[int, int]:
+    """Return (used bytes, limit) of a server's INFO; 0 where it does not say."""
+
+    def number(name: str) -> int:
+        text = str(info.get(name, "0"))
+        return int(text) if text.isdigit() else 0
+
+    return number("used_memory"), number("maxmemory")
