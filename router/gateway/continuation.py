@@ -13,6 +13,7 @@ Junction: a position up to which many prompts are equal, here the end of the sys
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -97,7 +98,7 @@ def _overlap(history: NDArray[np.uint32], ids: Sequence[int], most: int) -> int:
 
 
 class SystemPrefixes:
-    """Remembers what the system messages of chats are in tokens.
+    """Remembers what the system messages of chats are in tokens. Any thread may call.
 
     Args:
         text: The checkpoint's.
@@ -106,6 +107,7 @@ class SystemPrefixes:
     def __init__(self, text: TextProcessor) -> None:
         self._text = text
         self._prefixes: OrderedDict[tuple[str, ...], NDArray[np.uint32]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def junctions(
         self, request: generation_pb2.GenerateRequest, prompt_ids: Sequence[int]
@@ -123,12 +125,15 @@ class SystemPrefixes:
         while leading < len(messages) and messages[leading]["role"] == "system":
             leading += 1
         key = (chat.template_kwargs_json, *(m["content"] for m in messages[:leading]))
-        prefix = self._prefixes.get(key)
+        with self._lock:
+            prefix = self._prefixes.get(key)
         if prefix is None:
-            prefix = self._prefixes[key] = self._compute(messages[:leading], key[0])
+            prefix = self._compute(messages[:leading], chat.template_kwargs_json)
+        with self._lock:
+            self._prefixes[key] = prefix
+            self._prefixes.move_to_end(key)
             if len(self._prefixes) > MAX_PREFIXES:
                 self._prefixes.popitem(last=False)
-        self._prefixes.move_to_end(key)
         return prefix
 
     def _compute(

@@ -17,6 +17,7 @@ from protos.errors import DeadlineExceededError, UnsupportedFeatureError
 from protos.ids import new_request_id
 from protos.v1 import generation_pb2, generation_pb2_grpc
 from protos.validate import validate_cancel, validate_detokenize, validate_tokenize
+from router.gateway.continuation import SystemPrefixes
 from router.gateway.defaults import SamplingDefaults
 from router.gateway.live import STALL_TIMEOUT_S, EngineCalls, LiveRequests
 from router.gateway.request_reader import RequestReader, ServedModel, in_thread_if_large
@@ -60,10 +61,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._live = LiveRequests(engine, stall_timeout_s)
         self._clock = clock
         self._address = address
+        self._prefixes = SystemPrefixes(text)
         self._turns: SessionTurns | None = None
         if store is not None:
             self._turns = SessionTurns(
-                store, self._reader, self._live, clock=clock, address=address
+                store, self._reader, self._live, self._prefixes, clock=clock, address=address
             )
 
     async def settle(self) -> None:
@@ -91,6 +93,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 prompt_ids=prompt_ids,
                 deadline=deadline,
                 forced_ids=forced_ids,
+                junctions=await in_thread_if_large(
+                    request.ByteSize(), self._prefixes.junctions, request, prompt_ids
+                ),
             )
             stream = RequestStream(
                 [reader.text_stream(request, forced_ids) for _ in range(engine_request.sampling.n)],

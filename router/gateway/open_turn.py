@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from protos.v1 import generation_pb2
-from router.engine.request import EngineRequest, FinishReason, StepOutput
+from router.engine.request import EngineRequest, FinishReason, SessionHint, StepOutput
 from router.gateway.request_reader import RequestReader
 from router.gateway.turn_stream import TurnStream
 from router.state.session_records import Lease, TokenIds, TurnRecord
@@ -38,6 +38,8 @@ class Turn:
 
     Attributes:
         is_committed: Whether the turn is part of the history.
+        hint: What the engine is told of the session.
+        snapshots: New ones that the session's record does not name yet, by position.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class Turn:
         self.num_saved = num_saved
         self.resume_from = resume_from
         self.is_committed = False
+        self.hint: SessionHint | None = None
+        self.snapshots: dict[int, bytes] = {}
         self._reader = reader
         self._forced_ids = forced_ids
         self._junctions = junctions
@@ -92,6 +96,8 @@ class Turn:
             prompt_ids=[*self.history.tolist(), *self.prompt_ids.tolist()],
             deadline=deadline,
             forced_ids=self._forced_ids,
+            junctions=self._junctions,
+            session=self.hint,
         )
 
     def open_stream(self, on_overflow: Callable[[], object]) -> TurnStream:

@@ -35,6 +35,7 @@ from router.gateway.continuation import SystemPrefixes, continue_session
 from router.gateway.live import LiveRequest, LiveRequests
 from router.gateway.open_turn import Turn, kept_request, replayed
 from router.gateway.request_reader import RequestReader, in_thread_if_large
+from router.gateway.snapshot_names import SnapshotNames
 from router.state.session_records import Lease, OpenTurn, TokenIds, TurnRecord
 from router.state.sessions import SessionStore
 
@@ -56,6 +57,7 @@ class SessionTurns:
         store: Holds the sessions.
         reader: Says what requests mean.
         live: Runs them in the engine.
+        prefixes: Knows where chats begin alike.
         clock: The engine's and the store's.
         address: Returns the router's own `host:port`.
         tenant: Whose sessions these are; never from a request.
@@ -66,6 +68,7 @@ class SessionTurns:
         store: SessionStore,
         reader: RequestReader,
         live: LiveRequests,
+        prefixes: SystemPrefixes,
         *,
         clock: Callable[[], float],
         address: Callable[[], str],
@@ -77,8 +80,9 @@ class SessionTurns:
         self._clock = clock
         self._address = address
         self._tenant = tenant
-        self._prefixes = SystemPrefixes(reader.text)
+        self._prefixes = prefixes
         self._closing: dict[str, asyncio.Task[None]] = {}
+        self._snapshots = SnapshotNames(store)
 
     async def generate(
         self,
@@ -109,6 +113,7 @@ class SessionTurns:
             try:
                 turn = await self._begin(request, request_id, lease)
                 if turn is not None:
+                    turn.hint = await self._snapshots.hint(turn)
                     await self._run(turn, live, deadline)
             finally:
                 await self._close(lease, turn, live)
@@ -171,7 +176,11 @@ class SessionTurns:
         num_prompt = len(history) + len(prompt_ids)
         self._reader.check_prompt(request, num_prompt)
         self._apply_quota(kept, lease, num_prompt)
-        junctions = () if len(history) else self._prefixes.junctions(request, prompt_ids)
+        junctions: tuple[int, ...] = ()
+        if not len(history):
+            junctions = await in_thread_if_large(
+                large, self._prefixes.junctions, request, prompt_ids
+            )
         prompt = np.array(prompt_ids, dtype=np.uint32)
         await self._store.abandon_turn(lease)
         await self._store.open_turn(
@@ -304,6 +313,7 @@ class SessionTurns:
                     turn.lease, turn.request_id, record, turn.unsaved_ids()
                 )
                 turn.is_committed = True
+                self._snapshots.name_behind(turn)
             except StateUnavailableError as error:
                 if self._clock() + COMMIT_PAUSE_S > until:
                     logger.warning("turn.unwritten id=%s why=%s", turn.request_id, error)

@@ -86,9 +86,7 @@ def serve(checkpoint: str, store_url: str, name: str, lease_s: float = 15.0) -> 
 class SmallRouter:
     """The process, as a test holds it."""
 
-    def __init__(
-        self, checkpoint: Path, store_url: str, name: str, lease_s: float = 15.0
-    ) -> None:
+    def __init__(self, checkpoint: Path, store_url: str, name: str, lease_s: float = 15.0) -> None:
         self.name = name
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(checkpoint), store_url, name, str(lease_s)],

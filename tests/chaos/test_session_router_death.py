@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from protos.client import Client, ClientConfig
+from protos.client import Client, ClientConfig, build_request
 from protos.errors import ExpertMeshError, SessionFencedError
-from protos.events import Completion
+from protos.events import Completion, events_of
 from router.state.sessions import SessionStore
 from tests.chaos.small_router import SmallRouter
 from tests.eventually import eventually
@@ -86,9 +87,6 @@ def kill_at(
     client: Client, session: str, turn: int, at: int, kill: Callable[[], None]
 ) -> tuple[Completion, list[int]]:
     """Run a turn whose router dies after `at` tokens; return it and the numbers of its messages."""
-    from protos.client import build_request
-    from protos.events import events_of
-
     request, _ = build_request(chat_of(turn), {"session": session, **options_of(turn)})  # type: ignore[typeddict-item]
     completion, sequences = Completion(), []
     for message in client.messages(request):
@@ -163,8 +161,7 @@ def test_a_router_that_slept_through_its_lease_sends_nothing_more(
         assert eventually(taken, 30)
         sleeper.thaw()
         with pytest.raises(SessionFencedError, match="not ours any more"):
-            for event in stream:
-                completion.add(event)
+            deque(map(completion.add, stream))
         assert len(completion.token_ids) < 900
         turns = ask(server, lambda store: store.turns("", "s"))
         assert [turn.completion_tokens for turn in turns] == [3]
