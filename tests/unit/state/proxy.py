@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from typing import Self
 
 from router.state.embedded import EmbeddedServer
@@ -19,8 +20,9 @@ class Proxy:
         num_cuts: How many replies were cut.
     """
 
-    def __init__(self, target: EmbeddedServer) -> None:
+    def __init__(self, target: EmbeddedServer, tls: ssl.SSLContext | None = None) -> None:
         self._target = target
+        self._tls = tls
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self.cut_after: int | None = None
@@ -40,7 +42,7 @@ class Proxy:
             writer.close()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, ssl=self._tls)
         return self
 
     async def __aexit__(self, *_: object) -> None:
