@@ -96,7 +96,7 @@ class RouterState:
         writer = WriterSettings(max_queue_bytes=section.write_queue_mib << 20)
         self.tier = BlobTier(self._blobs, sizes, TierSettings(writer=writer))
         self.heartbeat = Heartbeat(self.store, own, boot=boot, namespace=namespace, service=service)
-        self.forwarder = Forwarder(own, self.heartbeat.others, access)
+        self.forwarder = Forwarder(own, self.heartbeat.others, access, namespace)
         self._memory: dict[str, tuple[int, int]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
