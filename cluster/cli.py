@@ -119,6 +119,7 @@ SnapshotInterval = Annotated[
 SessionTtl = Annotated[
     float | None, _setting("state.session_ttl_s", "--session-ttl", panel="State")
 ]
+ColdKvGib = Annotated[float | None, _setting("engine.cold_kv_gib", "--cold-kv-gib", panel="Engine")]
 RayAddress = Annotated[
     str | None, _setting("cluster.ray_address", "--ray-address", panel="Cluster")
 ]
@@ -158,6 +159,7 @@ def serve(
     block_size: BlockSize = None,
     num_kv_blocks: NumKvBlocks = None,
     kv_cache_gib: KvCacheGib = None,
+    cold_kv_gib: ColdKvGib = None,
     expert_transport: Transport = None,
     expert_compute: Compute = None,
     expert_threads: ExpertThreads = None,
@@ -217,6 +219,7 @@ def serve(
                 "engine.block_size": block_size,
                 "engine.num_kv_blocks": num_kv_blocks,
                 "engine.kv_cache_gib": kv_cache_gib,
+                "engine.cold_kv_gib": cold_kv_gib,
                 "engine.enable_prefix_caching": enable_prefix_caching,
                 "state.enabled": state,
                 "state.redis_url": redis_url,

@@ -97,6 +97,9 @@ class EngineSection:
     """Tokens in one KV block."""
     num_kv_blocks: int | None = number(None, minimum=1)
     """KV blocks; unset: from kv_cache_gib."""
+    cold_kv_gib: float | None = number(None, minimum=0)
+    """Memory in GiB for the older KV of a sequence longer than the KV cache; what does not fit goes
+    to the blob servers; unset: half of what is free behind the KV cache."""
     kv_cache_gib: float | None = number(None, minimum=0.001)
     """Memory of the KV cache in GiB; unset: a share of what is free."""
     enable_prefix_caching: bool = True

@@ -301,6 +301,7 @@ def check_memory(config: Config, facts: Facts, available_bytes: float) -> None:
         block_bytes=facts.kv_block_bytes,
         max_model_len=facts.max_model_len,
         free_bytes=(available_bytes - need) / config.router.count,
+        has_blob_tier=config.state.enabled,
     )
 
 

@@ -25,7 +25,7 @@ import torch
 
 from cluster.config import Config, EngineSection
 from cluster.hf_overrides import parse_hf_overrides
-from cluster.kv_budget import GIB, plan_kv_blocks
+from cluster.kv_budget import GIB, plan_cold_bytes, plan_kv_blocks
 from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart, engine_id, new_boot
 from cluster.probe import check_answers
 from cluster.router_state import RouterState, cache_namespace
@@ -166,6 +166,7 @@ class RouterProcess:
             self._engine_config(decoder, start, namespace),
             deliver=delivery,
             tier=self._shared.tier if self._shared else None,
+            cold_tier=self._shared.cold if self._shared else None,
         )
         self._engine = engine
         self._kv_block_bytes = decoder.kv_bytes_per_block(self._config.engine.block_size)
@@ -367,7 +368,9 @@ class RouterProcess:
             block_bytes=decoder.kv_bytes_per_block(section.block_size),
             max_model_len=self._max_model_len,
             free_bytes=free,
+            has_blob_tier=self._shared is not None,
         )
+        kv_bytes = num_blocks * decoder.kv_bytes_per_block(section.block_size)
         return EngineConfig(
             vocab_size=self._model.vocab_size,
             max_model_len=self._max_model_len,
@@ -382,6 +385,7 @@ class RouterProcess:
             namespace=namespace,
             max_snapshot_bytes=int(self._config.state.snapshot_cache_gib * GIB),
             snapshot_interval=self._config.state.snapshot_interval_tokens,
+            max_cold_bytes=plan_cold_bytes(section, kv_bytes=kv_bytes, free_bytes=free),
         )
 
     def _services(self, start: RouterStart, engine: Engine) -> list[Service]:
@@ -400,7 +404,6 @@ class RouterProcess:
             self._defaults,
             address=lambda: self._address,
             store=shared.store if shared else None,
-            forwarder=shared.forwarder if shared else None,
         )
         services = [
             generation_service(self._generation),

@@ -21,6 +21,7 @@ from router.engine.chain import namespace_digest
 from router.gateway.forwarding import Forwarder
 from router.gateway.heartbeat import Heartbeat
 from router.gateway.routing import RouterView
+from router.state.cold import BlobCold
 from router.state.control import ControlClient
 from router.state.kv_store import KvStore
 from router.state.restore import ValueSizes
@@ -95,8 +96,9 @@ class RouterState:
         self._blobs = KvStore(servers.blobs, namespace)
         writer = WriterSettings(max_queue_bytes=section.write_queue_mib << 20)
         self.tier = BlobTier(self._blobs, sizes, TierSettings(writer=writer))
+        self.cold = BlobCold(self._blobs)
         self.heartbeat = Heartbeat(self.store, own, boot=boot, namespace=namespace, service=service)
-        self.forwarder = Forwarder(own, self.heartbeat.others, access, namespace)
+        self.forwarder = Forwarder(own, self.heartbeat.others, access)
         self._memory: dict[str, tuple[int, int]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 

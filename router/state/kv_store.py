@@ -272,6 +272,10 @@ class Links:
         except BulkError:
             return ""
 
+    def of(self, server: int) -> Link:
+        """Return the connection to one server."""
+        return self._links[server]
+
     def info(self, deadline: float) -> dict[str, Mapping[str, str]]:
         """Ask every server how it is; one in trouble is left out.
 

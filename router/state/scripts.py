@@ -1,8 +1,8 @@
 """The Lua scripts of sessions: each is one atomic step that may be sent twice.
 
 A reply may be lost after a script ran, so every script recognises its own second run and answers as
-it did the first time. A script checks everything before it writes anything, because Redis does not
-roll back. A full server refuses a script as a whole, unless its first line says otherwise.
+it did the first time. A script checks everything before it writes anything: Redis does not roll
+back, and refuses for want of memory only before a script's first write.
 
 Every script takes the seven keys of a session (`redis_keys.SessionKeys`) and answers a list whose
 first item is a word: OK, or what is wrong (MISSING, EXISTS, BUSY, FENCED, CONFLICT, QUOTA).
@@ -88,13 +88,8 @@ end
 """
 
 
-_ALLOW_OOM = "allow-oom"
-"""A full server runs it: what frees memory, and what lets a turn that runs come to its end."""
-_NO_WRITES = "no-writes"
-
-
-def _script(name: str, body: str, flags: str = "") -> Script:
-    return Script(name, f"#!lua{' flags=' * bool(flags)}{flags}\n{_PRELUDE}{body}")
+def _script(name: str, body: str) -> Script:
+    return Script(name, _PRELUDE + body)
 
 
 CREATE = _script(
@@ -156,7 +151,6 @@ local there = call('EXISTS', M)
 call('UNLINK', M, TOK, LOG, OPEN, IDS, LEASE)
 return {'OK', there}
 """,
-    _ALLOW_OOM,
 )
 
 PRUNE = _script(
@@ -166,13 +160,12 @@ PRUNE = _script(
 if call('EXISTS', M) == 0 then call('ZREM', INDEX, ARGV[1]) end
 return {'OK'}
 """,
-    _ALLOW_OOM,
 )
 
 ACQUIRE = _script(
     "acquire",
     """
--- A token lease_ms lost dead_prefix; `lost` is a lease of our process that nobody in it knows
+-- A token lease_ms abandoned dead_prefix; `abandoned` is a lease of ours that nobody uses any more
 local v = call('HMGET', M, 'epoch', 'turn', 'ntok', 'quota', 'ns')
 if not v[1] then return {'MISSING'} end
 local held = call('GET', LEASE)
@@ -190,7 +183,6 @@ call('SET', LEASE, ARGV[1], 'PX', ARGV[2])
 touch(now_ms())
 return {'OK', tonumber(v[1]), tonumber(v[2]), tonumber(v[3]), tonumber(v[4]), v[5]}
 """,
-    _ALLOW_OOM,
 )
 
 RENEW = _script(
@@ -202,7 +194,6 @@ if wrong then return wrong end
 touch(now_ms())
 return {'OK'}
 """,
-    _ALLOW_OOM,
 )
 
 RELEASE = _script(
@@ -213,7 +204,6 @@ if call('GET', LEASE) == ARGV[1] then call('DEL', LEASE) end
 if call('HGET', M, 'holder') == ARGV[1] then call('HDEL', M, 'holder') end
 return {'OK'}
 """,
-    _ALLOW_OOM,
 )
 
 OPEN = _script(
@@ -247,7 +237,6 @@ if #rest > 0 then call('APPEND', IDS, rest) end
 touch(now_ms())
 return {'OK', call('STRLEN', IDS) / 4}
 """,
-    _ALLOW_OOM,
 )
 
 COMMIT = _script(
@@ -276,7 +265,6 @@ call('HSET', M, 'turn', turn, 'ntok', ntok)
 touch(now_ms())
 return {'OK', turn, ntok}
 """,
-    _ALLOW_OOM,
 )
 
 ABANDON = _script(
@@ -294,7 +282,6 @@ end
 touch(now_ms())
 return {'OK'}
 """,
-    _ALLOW_OOM,
 )
 
 ATTACH = _script(
@@ -316,34 +303,6 @@ return {'OK'}
 """,
 )
 
-READ = _script(
-    "read",
-    """
-return {'OK', call('HGETALL', M), call('GET', LEASE), call('HGET', OPEN, 'req'),
-  call('HGET', OPEN, 'prompt'), call('STRLEN', IDS)}
-""",
-    _NO_WRITES,
-)
-
-READ_OPEN = _script(
-    "read_open",
-    """
-return {'OK', call('HMGET', OPEN, 'req', 'prompt', 'seed', 'request', 'started_ms'),
-  call('STRLEN', IDS)}
-""",
-    _NO_WRITES,
-)
-
-READ_IDS = _script(
-    "read_ids",
-    """
--- A key_number first last; of bytes, the last one included
-return {'OK', call('STRLEN', KEYS[tonumber(ARGV[1])]),
-  call('GETRANGE', KEYS[tonumber(ARGV[1])], ARGV[2], ARGV[3])}
-""",
-    _NO_WRITES,
-)
-
 ALL = (
     CREATE,
     FORK,
@@ -357,7 +316,4 @@ ALL = (
     COMMIT,
     ABANDON,
     ATTACH,
-    READ,
-    READ_OPEN,
-    READ_IDS,
 )

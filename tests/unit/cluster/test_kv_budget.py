@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.config import EngineSection
-from cluster.kv_budget import GIB, format_bytes, plan_kv_blocks
+from cluster.kv_budget import GIB, format_bytes, plan_cold_bytes, plan_kv_blocks
 from protos.errors import ResourceError
 
 MIB = 1 << 20
@@ -42,6 +42,35 @@ def test_a_window_that_does_not_fit_says_what_would() -> None:
         " for 32000 tokens, have 768 blocks (768.0 MiB); lower --max-model-len to 24576 or set"
         " --kv-cache-gib"
     )
+
+
+def test_a_window_beyond_the_cache_is_said_where_it_can_be_streamed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "cluster.kv_budget")
+    sizes = {"block_bytes": MIB, "max_model_len": 32000, "free_bytes": 4 * GIB}
+    # 64 blocks of 32 tokens; 1000 - 32 blocks may have to lie in memory: 968 MiB.
+    engine = EngineSection(num_kv_blocks=64, cold_kv_gib=1.0)
+    assert plan_kv_blocks(engine, **sizes) == 64
+    assert "cache_tokens=2048 window_tokens=32000" in caplog.text
+    assert plan_kv_blocks(EngineSection(num_kv_blocks=64), **sizes) == 64  # half of 3.9 GiB
+    no_memory = EngineSection(num_kv_blocks=64, cold_kv_gib=0.0)
+    assert plan_kv_blocks(no_memory, **sizes, has_blob_tier=True) == 64
+    for engine, has_blob_tier in (
+        (no_memory, False),
+        (EngineSection(num_kv_blocks=64, cold_kv_gib=0.9), False),
+        (EngineSection(num_kv_blocks=15), True),  # 480 tokens hold no window
+        (EngineSection(num_kv_blocks=64, block_size=48), True),
+    ):
+        with pytest.raises(ResourceError, match="context window"):
+            plan_kv_blocks(engine, **sizes, has_blob_tier=has_blob_tier)
+
+
+def test_half_of_what_the_cache_leaves_may_hold_older_kv() -> None:
+    assert plan_cold_bytes(EngineSection(), kv_bytes=GIB, free_bytes=3 * GIB) == GIB
+    assert plan_cold_bytes(EngineSection(), kv_bytes=GIB, free_bytes=0.5 * GIB) == 0
+    engine = EngineSection(cold_kv_gib=0.25)
+    assert plan_cold_bytes(engine, kv_bytes=GIB, free_bytes=0) == GIB // 4
 
 
 def test_too_few_configured_blocks_name_the_flag() -> None:

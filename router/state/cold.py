@@ -1,0 +1,109 @@
+"""The blob servers as the place of KV that has left the pool of a router that still needs it.
+
+Implements `router.engine.cold_store.ColdTier`. A cold cache block is the very value that prefixes
+are stored as, so what write-through has stored already is not sent again, and other routers may
+find it. A layer's part of it is a range of the value. A range cannot be checked against the
+header's checksum, so the router keeps one of each layer's part itself: 8 bytes for 128 tokens of a
+layer. What is gone, short or changed is a miss, and the caller's matter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from router.state.bulk import BulkError
+from router.state.codec import HEADER_BYTES, block_label
+from router.state.kv_store import SESSION_HEAD_TTL_S, KvStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColdSettings:
+    """Bounds of one call."""
+
+    put_s: float = 2.0
+    """To store a cache block; a spilling step waits for it."""
+    read_s: float = 5.0
+    """To read one layer's part of a few dozen cache blocks."""
+    ttl_s: int = SESSION_HEAD_TTL_S
+    """Seconds that a cold value lives after its last use."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColdValue:
+    """A cache block on a server."""
+
+    key: bytes
+    """The server's key."""
+    sums: tuple[int, ...]
+    """xxh3_64 of every layer's part."""
+
+
+class BlobCold:
+    """`ColdTier` over the blob servers.
+
+    `put` and `read` may be called by two different threads, each by one.
+
+    Args:
+        store: The servers.
+        settings: Bounds.
+    """
+
+    def __init__(self, store: KvStore, settings: ColdSettings | None = None) -> None:
+        self.settings = settings or ColdSettings()
+        self._store = store
+        self._writing = store.links()
+        self._reading = store.links()
+
+    def put(self, key: bytes, parent: bytes, values: NDArray[np.uint8]) -> ColdValue | None:
+        """See `ColdTier.put`."""
+        store_key = self._store.block_key(key)
+        deadline = time.monotonic() + self.settings.put_s
+        label = block_label(key, parent, values.nbytes)
+        if not self._writing.exists([store_key], deadline)[0]:
+            payload = memoryview(values.reshape(-1).data)
+            status = self._writing.put(
+                store_key, label, [payload], ttl_s=self.settings.ttl_s, deadline=deadline
+            )
+            if status != "OK":
+                return None
+        return ColdValue(store_key, tuple(_sum_of(part) for part in values))
+
+    def read(self, handles: Sequence[ColdValue], layer: int, out: NDArray[np.uint8]) -> bool:
+        """See `ColdTier.read`."""
+        start = HEADER_BYTES + layer * out.shape[1]
+        by_server: dict[int, list[int]] = {}
+        for index, value in enumerate(handles):
+            by_server.setdefault(self._store.server_of(value.key), []).append(index)
+        deadline = time.monotonic() + self.settings.read_s
+        for server, indices in by_server.items():
+            link = self._reading.of(server)
+            if not link.allow():
+                return False
+            keys = [handles[index].key for index in indices]
+            try:
+                with link.answering() as bulk:
+                    bulk.bound(deadline)
+                    bulk.send_get_ranges(keys, start, out.shape[1], self.settings.ttl_s)
+                    lengths = [bulk.receive([memoryview(out[index].data)]) for index in indices]
+            except BulkError:
+                return False
+            if any(length != out.shape[1] for length in lengths):
+                return False
+        return all(
+            _sum_of(part) == value.sums[layer] for part, value in zip(out, handles, strict=True)
+        )
+
+    def close(self) -> None:
+        """Close all connections; nothing is put or read any more."""
+        self._writing.close()
+        self._reading.close()
+
+
+def _sum_of(part: NDArray[np.uint8]) -> int:
+    return int(xxhash.xxh3_64_intdigest(part.data))
