@@ -51,6 +51,8 @@ class Match:
     """The full cache blocks below `num_tokens`."""
     kv_tokens: int = 0
     """How far the KV alone would reach, in whole cache blocks."""
+    uploaded: int = 0
+    """Deepest position up to `num_tokens` whose snapshot the tier was given."""
 
     @property
     def num_blocks(self) -> int:
@@ -69,6 +71,17 @@ class Match:
 
 
 NO_MATCH = Match()
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A snapshot in the cache."""
+
+    snapshot: Snapshot
+    base: bytes
+    """The name that it stands on: the last full cache block's, or the root's."""
+    uploaded: int
+    """See `Match`."""
 
 
 @dataclass(slots=True)
@@ -112,8 +125,8 @@ class PrefixCache:
         self._entries: dict[bytes, CachedBlock] = {}
         self._unused: OrderedDict[CachedBlock, None] = OrderedDict()
         """Least recently used first."""
-        self._snapshots: OrderedDict[bytes, tuple[Snapshot, bytes]] = OrderedDict()
-        """By position hash: the snapshot and the name it stands on."""
+        self._snapshots: OrderedDict[bytes, _Kept] = OrderedDict()
+        """By position hash."""
         self._standing: dict[bytes, dict[int, set[bytes]]] = {}
         """Snapshots by what they stand on (the last full cache block, or the root) and by the
         tokens of their tail."""
@@ -196,12 +209,13 @@ class PrefixCache:
         """Say whether there is a snapshot of this name."""
         return key in self._snapshots
 
-    def add_snapshot(self, chain: HashChain, snapshot: Snapshot) -> None:
+    def add_snapshot(self, chain: HashChain, snapshot: Snapshot, uploaded: int = 0) -> None:
         """Keep a snapshot, as long as it stands and the budget lasts.
 
         Args:
             chain: Of the sequence, at least to the snapshot's position.
             snapshot: Its full cache blocks are here.
+            uploaded: See `Match`.
         """
         num_tokens = snapshot.num_tokens
         key = chain.position_hash(num_tokens)
@@ -213,7 +227,7 @@ class PrefixCache:
             return
         while self.snapshot_bytes + snapshot.num_bytes > self._max_snapshot_bytes:
             self._forget_snapshot(next(iter(self._snapshots)))
-        self._snapshots[key] = snapshot, base
+        self._snapshots[key] = _Kept(snapshot, base, uploaded)
         self._standing.setdefault(base, {}).setdefault(tail, set()).add(key)
         self.snapshot_bytes += snapshot.num_bytes
 
@@ -222,19 +236,18 @@ class PrefixCache:
         self._snapshots.move_to_end(key)
 
     def _forget_snapshot(self, key: bytes) -> None:
-        snapshot, base = self._snapshots[key]
-        tails = self._standing[base]
-        keys = tails[snapshot.num_tokens % CACHE_BLOCK]
-        keys.remove(key)
-        if not keys:
-            del tails[snapshot.num_tokens % CACHE_BLOCK]
+        kept = self._snapshots[key]
+        tails = self._standing[kept.base]
+        tail = kept.snapshot.num_tokens % CACHE_BLOCK
+        tails[tail].remove(key)
+        if not tails[tail]:
+            del tails[tail]
         if not tails:
-            del self._standing[base]
+            del self._standing[kept.base]
         self._drop(key)
 
     def _drop(self, key: bytes) -> None:
-        snapshot, _base = self._snapshots.pop(key)
-        self.snapshot_bytes -= snapshot.num_bytes
+        self.snapshot_bytes -= self._snapshots.pop(key).snapshot.num_bytes
         self.num_evicted_snapshots += 1
 
     # Looking up.
@@ -264,5 +277,6 @@ class PrefixCache:
                     continue
                 found = self._snapshots.get(chain.position_hash(num_tokens))
                 if found is not None:
-                    return Match(num_tokens, found[0], tuple(run[:count]), kv_tokens)
+                    held = tuple(run[:count])
+                    return Match(num_tokens, found.snapshot, held, kv_tokens, found.uploaded)
         return Match(0, None, (), kv_tokens)

@@ -131,7 +131,7 @@ class Reuse:
         self.write_back(sequence)
         if match.snapshot is not None:
             self.cache.touch_snapshot(use.chain.position_hash(match.num_tokens))
-        use.floor = match.num_tokens
+        use.floor, use.uploaded = match.num_tokens, match.uploaded
         if not sequence.num_preemptions:
             sequence.num_cached = match.num_tokens
         self._hit_tokens += match.num_tokens
@@ -258,8 +258,8 @@ class Reuse:
         values.flags.writeable = False
         snapshot = Snapshot(num_tokens, values, state_bytes)
         self._num_snapshots += 1
-        self.cache.add_snapshot(use.chain, snapshot)
         self._write_snapshot(sequence, key, snapshot)
+        self.cache.add_snapshot(use.chain, snapshot, use.uploaded)
 
     def let_go_of_first(self, sequence: Sequence) -> None:
         """Let go of the oldest cache block of a sequence that spills it."""
@@ -300,7 +300,7 @@ class Reuse:
             sequence.num_cached = snapshot.num_tokens
         self._restored_tokens += gained
         self._keep_blocks(sequence, are_stored=True)
-        self.cache.add_snapshot(use.chain, snapshot)
+        self.cache.add_snapshot(use.chain, snapshot, use.uploaded)
         while use.snapshot_at and use.snapshot_at[-1] <= snapshot.num_tokens:
             self._no_longer_expected(sequence, use.snapshot_at.pop())
 

@@ -47,6 +47,7 @@ COMMANDS = {
     "memory": Command(),
     "start": Command(quick=("--repeats", "1")),
     "gateway": Command(quick=("--repeats", "2", "--requests", "10", "--new", "16")),
+    "shared_prefix": Command(quick=("--sessions", "4")),
     "cancel_leak": Command(quick=("--requests", "100")),
 }
 

@@ -52,7 +52,9 @@ def assert_consistent(engine: Engine) -> None:
     assert set(cache._unused) == set(cache._entries.values())
     cached = [block for entry in cache._entries.values() for block in entry.blocks]
     assert sorted(cached + engine._blocks._free) == list(range(engine.config.num_blocks))
-    assert cache.snapshot_bytes == sum(s.num_bytes for s, _ in cache._snapshots.values())
+    assert cache.snapshot_bytes == sum(
+        kept.snapshot.num_bytes for kept in cache._snapshots.values()
+    )
     standing = [k for tails in cache._standing.values() for keys in tails.values() for k in keys]
     assert sorted(standing) == sorted(cache._snapshots)
     assert not reuse._expected

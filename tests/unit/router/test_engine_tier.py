@@ -218,6 +218,17 @@ def test_junctions_live_longer() -> None:
     assert classes.count(TtlClass.SESSION) == len(classes) - 2
 
 
+def test_short_turns_are_uploaded_every_128_tokens() -> None:
+    """Turns of 50 tokens: each leaves a snapshot here, each third one in the tier."""
+    tier = MemoryTier()
+    engine = Engine(ReusingHashModel(VOCAB), reusing(decode_snapshot_interval=0), tier=tier)
+    history: list[int] = []
+    for turn in range(8):
+        history += tokens_of(100 + turn, 50)
+        assert one(tier, engine, request_of(str(turn), history, max_tokens=1)) == 50 * turn
+    assert sorted(s.num_tokens for s in tier.snapshots.values()) == [150, 300]
+
+
 def test_a_tier_that_takes_nothing_costs_nothing() -> None:
     tier = MemoryTier()
     tier.takes_values = False
