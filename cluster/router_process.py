@@ -404,6 +404,7 @@ class RouterProcess:
             self._defaults,
             address=lambda: self._address,
             store=shared.store if shared else None,
+            forwarder=shared.forwarder if shared else None,
         )
         services = [
             generation_service(self._generation),

@@ -98,7 +98,7 @@ class RouterState:
         self.tier = BlobTier(self._blobs, sizes, TierSettings(writer=writer))
         self.cold = BlobCold(self._blobs)
         self.heartbeat = Heartbeat(self.store, own, boot=boot, namespace=namespace, service=service)
-        self.forwarder = Forwarder(own, self.heartbeat.others, access)
+        self.forwarder = Forwarder(own, self.heartbeat.others, access, namespace)
         self._memory: dict[str, tuple[int, int]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 

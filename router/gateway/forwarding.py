@@ -13,17 +13,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from protos.errors import from_rpc_error
+from protos.errors import SessionNotFoundError, StateUnavailableError, from_rpc_error
 from protos.ids import new_request_id
 from protos.tls import API_KEY_HEADER, Access
 from protos.v1 import generation_pb2, generation_pb2_grpc
-from router.gateway.routing import Choice, RouterView, choose
+from router.gateway.request_reader import in_thread_if_large
+from router.gateway.routing import Choice, RouterView, aligned_hashes, choose
+from router.state.session_records import SessionRecord
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ FORWARDED_KEY = "expertmesh-forwarded-by"
 FIRST_MESSAGE_S = 1.0
 """How long the other router may take to accept, and 20 us for each token that it has to encode."""
 FIRST_MESSAGE_S_PER_TOKEN = 20e-6
+BYTES_PER_TOKEN = 4
 SHUN_S = 10.0
 """For how long a router that failed is not chosen: a heartbeat's life."""
 MAX_MESSAGE_BYTES = 64 << 20
@@ -68,6 +71,7 @@ class Forwarder:
         own: Makes the view of this router, as it is now.
         others: The views of the other routers that serve.
         access: How the other routers' ports are reached.
+        namespace: Of the hashes of prompts.
         clock: Monotonic seconds.
     """
 
@@ -76,8 +80,10 @@ class Forwarder:
         own: Callable[[], RouterView],
         others: Callable[[], Sequence[RouterView]],
         access: Access,
+        namespace: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._namespace = namespace
         self._own = own
         self._others = others
         self._access = access
@@ -91,29 +97,65 @@ class Forwarder:
     async def forward(
         self,
         request: generation_pb2.GenerateRequest,
-        hashes: Mapping[int, bytes],
-        num_tokens: int,
+        prompt_ids: Sequence[int],
         context: Context,
     ) -> bool:
-        """Pass the request on if another router is clearly better; return whether it is served.
+        """Pass a request on if another router is clearly better; return whether it is served.
 
         Args:
             request: As it came; gets a request id, should it have none.
-            hashes: Position -> hash of the prompt, see `choose`.
-            num_tokens: Of the prompt.
+            prompt_ids: What it means.
             context: Of the call that is answered.
 
         Raises:
             ExpertMeshError: What the other router answered about the request, or after its first
                 message.
         """
-        metadata = dict(context.invocation_metadata() or ())
-        if FORWARDED_KEY in metadata or request.HasField("resume_from"):
+        if not self._may_forward(request, context):
             return False
+        hashing = (aligned_hashes, self._namespace, prompt_ids)
+        hashes = await in_thread_if_large(BYTES_PER_TOKEN * len(prompt_ids), *hashing)
+        return await self._forward(request, hashes, len(prompt_ids), context)
+
+    async def forward_turn(
+        self,
+        request: generation_pb2.GenerateRequest,
+        read: Callable[[], Awaitable[SessionRecord]],
+        context: Context,
+    ) -> bool:
+        """Pass a session's turn on to the router that holds the session warm; see `forward`.
+
+        Args:
+            request: As it came.
+            read: Reads the session's record; called only where there are other routers.
+            context: Of the call that is answered.
+        """
+        if not self._may_forward(request, context):
+            return False
+        try:
+            record = await read()
+        except (SessionNotFoundError, StateUnavailableError):
+            return False  # the turn itself says it better
+        num_tokens = record.num_tokens + max(1, request.ByteSize() // BYTES_PER_TOKEN)
+        return await self._forward(request, record.snapshots, num_tokens, context)
+
+    def _may_forward(self, request: generation_pb2.GenerateRequest, context: Context) -> bool:
+        metadata = dict(context.invocation_metadata() or ())
+        is_new = FORWARDED_KEY not in metadata and not request.HasField("resume_from")
+        return is_new and bool(self._others())
+
+    async def _forward(
+        self,
+        request: generation_pb2.GenerateRequest,
+        hashes: Mapping[int, bytes],
+        num_tokens: int,
+        context: Context,
+    ) -> bool:
         choice = self._choose(hashes, num_tokens)
         if choice is None:
             return False
         request.request_id = request.request_id or new_request_id()
+        metadata = dict(context.invocation_metadata() or ())
         passed = [(FORWARDED_KEY, self._own().router_id)]
         if API_KEY_HEADER in metadata:
             passed.append((API_KEY_HEADER, str(metadata[API_KEY_HEADER])))

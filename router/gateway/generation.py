@@ -14,11 +14,12 @@ from typing import Any
 import grpc
 
 from protos.errors import DeadlineExceededError, UnsupportedFeatureError
-from protos.ids import new_request_id
+from protos.ids import is_valid_session_id, new_request_id
 from protos.v1 import generation_pb2, generation_pb2_grpc
 from protos.validate import validate_cancel, validate_detokenize, validate_tokenize
 from router.gateway.continuation import SystemPrefixes
 from router.gateway.defaults import SamplingDefaults
+from router.gateway.forwarding import Forwarder
 from router.gateway.live import STALL_TIMEOUT_S, EngineCalls, LiveRequests
 from router.gateway.request_reader import RequestReader, ServedModel, in_thread_if_large
 from router.gateway.stream import MAX_PENDING_TOKENS, RequestStream
@@ -42,6 +43,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         stall_timeout_s: How long a client may take nothing from its connection.
         address: Returns the router's own `host:port`, for `Accepted`.
         store: Of sessions; None: there are none.
+        forwarder: Passes requests on to routers that start them sooner; None: nothing is passed on.
     """
 
     def __init__(
@@ -56,7 +58,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         stall_timeout_s: float = STALL_TIMEOUT_S,
         address: Callable[[], str] = str,
         store: SessionStore | None = None,
+        forwarder: Forwarder | None = None,
     ) -> None:
+        self._forwarder = forwarder
+        self._store = store
         self._reader = RequestReader(text, model, defaults, max_pending_tokens)
         self._live = LiveRequests(engine, stall_timeout_s)
         self._clock = clock
@@ -80,9 +85,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         if request.session_id:
             if self._turns is None:
                 raise UnsupportedFeatureError("session_id: this router has no session store")
-            await self._turns.generate(request, context, deadline)
+            if not await self._forwards_turn(request, context):
+                await self._turns.generate(request, context, deadline)
             return
         prompt_ids = await in_thread_if_large(request.ByteSize(), reader.check_and_encode, request)
+        forwarder = self._forwarder
+        if forwarder is not None and await forwarder.forward(request, prompt_ids, context):
+            return
         request_id = request.request_id or new_request_id()
         is_resumed = request.HasField("resume_from")
         async with self._live.enter(request_id, context, takes_over=is_resumed) as live:
@@ -182,8 +191,21 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         for request_id in dict.fromkeys(request.request_ids):
             live = self._live.get(request_id)
             is_live = live is not None and live.cancel("CancelRequests")
+            if live is None and self._forwarder is not None:
+                is_live = await self._forwarder.cancel(request_id)
             (answer.cancelled if is_live else answer.unknown).append(request_id)
         return answer
+
+    async def _forwards_turn(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> bool:
+        """Pass a session's turn on; return whether another router has served it."""
+        forwarder, store = self._forwarder, self._store
+        if forwarder is None or store is None or not is_valid_session_id(request.session_id):
+            return False
+        return await forwarder.forward_turn(
+            request, lambda: store.get("", request.session_id), context
+        )
 
     def _deadline(self, context: Context) -> float | None:
         left_s = context.time_remaining()

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from router.engine.chain import CACHE_BLOCK, HashChain
+
 WARM_BYTES = 8
 """Of a position's hash, in a heartbeat."""
 MAX_WARM = 1024
@@ -139,6 +141,14 @@ def choose(
         if view is not own and cost_s <= limit_s and cost_s < best.cost_s:
             best = Choice(view=view, warm_tokens=warm, cost_s=cost_s, own_cost_s=own_cost_s)
     return best
+
+
+def aligned_hashes(namespace: str, token_ids: Sequence[int]) -> dict[int, bytes]:
+    """Return position -> hash at every multiple of 128 tokens of a prompt."""
+    chain = HashChain(namespace)
+    chain.extend(token_ids)
+    ends = range(CACHE_BLOCK, len(token_ids), CACHE_BLOCK)
+    return {n: chain.position_hash(n) for n in ends}
 
 
 def warm_set(hashes: Iterable[bytes]) -> bytes:

@@ -176,7 +176,8 @@ class ControlClient:
     def _judge(self, error: Exception, seconds: float) -> str:
         """Count a failed attempt and say what it was; raises where a second one has no point."""
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):
+        refusal = exceptions.AuthenticationError | exceptions.AuthorizationError
+        if isinstance(error, refusal) or isinstance(error.__cause__, refusal):
             self.breaker.failed()
             raise self._unavailable(f"it refuses our user or password ({text})") from error
         if isinstance(error, exceptions.ResponseError) and not isinstance(

@@ -52,9 +52,7 @@ async def engines(client: ControlClient) -> list[Engine]:
         StateUnavailableError: The server does not answer in time, or refuses.
     """
     names = sorted(await client.command("ZRANGE", ENGINES, 0, -1))
-    if not names:
-        return []
-    hashes = await client.transaction([["HGETALL", engine_key(n.decode())] for n in names])
+    hashes = [await client.command("HGETALL", engine_key(name.decode())) for name in names]
     return [
         Engine(
             engine=name.decode(),

@@ -42,7 +42,13 @@ def main(folder: str, command: list[str]) -> int:
         preexec_fn=lambda: _die_with(guard),
     )
     print(server.pid, flush=True)
-    select.select([sys.stdin.buffer, woken], [], [])
+    while server.poll() is None:
+        ready, _, _ = select.select([sys.stdin, woken], [], [])
+        if sys.stdin in ready:  # nobody writes to it: it is closed
+            break
+        signals = os.read(woken, 64)  # SIGCHLD comes also when the server is frozen or thawed
+        if signal.SIGTERM in signals or signal.SIGINT in signals:
+            break
     if server.poll() is None:
         server.terminate()
         try:

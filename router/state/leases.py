@@ -21,13 +21,15 @@ from numpy.typing import NDArray
 from protos.errors import SessionBusyError, SessionFencedError
 from router.state import scripts
 from router.state.control import Argument, ControlClient
-from router.state.redis_keys import check_id, session_keys
+from router.state.redis_keys import SessionKeys, check_id, session_keys
 from router.state.scripts import Script
 from router.state.session_codec import check_reply, ids_from_bytes, ids_to_bytes
 from router.state.session_records import Lease, OpenTurn, TokenIds, TurnRecord, holder_of
 
 READ_TOKENS = 1 << 18
 """Tokens read by one command: a megabyte, well within the bound of one."""
+TOKENS = 1 + SessionKeys._fields.index("tokens")
+_OPEN_TOKENS = 1 + SessionKeys._fields.index("open_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,23 +91,16 @@ class LeaseStore:
         """
         keys = session_keys(tenant, session_id)
         token = self._process + secrets.token_hex(8).encode()
-        abandoned = b""
-        while True:
-            sent_at = self._clock()
-            reply = await self._client.script(
-                scripts.ACQUIRE,
-                keys,
-                [token, self._lease_ms, abandoned, b"qs1:dead:"],
-                durable=True,
-            )
-            if reply[0] != b"BUSY" or not self._is_lost(reply[1]) or reply[1] == abandoned:
-                break
-            abandoned = reply[1]
-        if reply[0] == b"BUSY":
-            expires_s = max(0.0, reply[2] / 1000)
-            raise SessionBusyError(session_id, holder_of(reply[1]), expires_s)
-        check_reply(reply, session_id)
-        self._held.add(token)
+        self._held.add(token)  # before the server knows it: another request may meet it first
+        try:
+            sent_at, reply = await self._acquire(keys, token)
+            if reply[0] == b"BUSY":
+                expires_s = max(0.0, reply[2] / 1000)
+                raise SessionBusyError(session_id, holder_of(reply[1]), expires_s)
+            check_reply(reply, session_id)
+        except BaseException:
+            self._held.discard(token)
+            raise
         return Lease(
             tenant=tenant,
             session_id=session_id,
@@ -145,7 +140,7 @@ class LeaseStore:
             SessionFencedError: The history is not that of the lease any more.
         """
         keys = session_keys(lease.tenant, lease.session_id)
-        ids = await self._ids(keys.tokens, lease.num_tokens)
+        ids = await self._ids(keys, TOKENS, lease.num_tokens)
         if ids is None:
             raise SessionFencedError(lease.session_id, f"it has no {lease.num_tokens} tokens now")
         return ids
@@ -181,16 +176,11 @@ class LeaseStore:
         The lease then goes on from there: `checkpoint` appends behind what is saved.
         """
         keys = session_keys(lease.tenant, lease.session_id)
-        fields, ids = await self._client.transaction(
-            [
-                ["HMGET", keys.open_turn, "req", "prompt", "seed", "request", "started_ms"],
-                ["STRLEN", keys.open_tokens],
-            ]
-        )
+        _, fields, num_bytes = await self._client.script(scripts.READ_OPEN, keys)
         if fields[0] is None:
             lease.request_id, lease.open_tokens = "", 0
             return None
-        tokens = await self._ids(keys.open_tokens, ids // 4)
+        tokens = await self._ids(keys, _OPEN_TOKENS, num_bytes // 4)
         if tokens is None:
             raise SessionFencedError(lease.session_id, "its open turn is gone")
         lease.request_id, lease.open_tokens = fields[0].decode(), len(tokens)
@@ -285,6 +275,17 @@ class LeaseStore:
 
     # Inside
 
+    async def _acquire(self, keys: SessionKeys, token: bytes) -> tuple[float, list[Any]]:
+        """Return when the last attempt was sent, and its answer."""
+        lost = b""
+        while True:
+            sent_at = self._clock()
+            arguments: list[Argument] = [token, self._lease_ms, lost, b"qs1:dead:"]
+            reply = await self._client.script(scripts.ACQUIRE, keys, arguments, durable=True)
+            if reply[0] != b"BUSY" or not self._is_lost(reply[1]) or reply[1] == lost:
+                return sent_at, reply
+            lost = reply[1]
+
     def _is_lost(self, token: bytes) -> bool:
         """Whether a lease is of this process and nobody in it knows."""
         return token.startswith(self._process) and token not in self._held
@@ -310,15 +311,14 @@ class LeaseStore:
         lease.renewed_at = max(lease.renewed_at, sent_at)
         return reply
 
-    async def _ids(self, key: bytes, num_tokens: int) -> TokenIds | None:
+    async def _ids(self, keys: SessionKeys, key_number: int, num_tokens: int) -> TokenIds | None:
         """Read a string of ids piece by piece; None when it does not have exactly so many."""
         pieces: list[bytes] = []
         for first in range(0, max(1, num_tokens), READ_TOKENS):
-            last = 4 * min(num_tokens, first + READ_TOKENS)
-            length, piece = await self._client.transaction(
-                [["STRLEN", key], ["GETRANGE", key, 4 * first, max(0, last - 1)]]
-            )
-            if length != 4 * num_tokens:
+            last = 4 * min(num_tokens, first + READ_TOKENS) - 1
+            arguments = [key_number, 4 * first, max(0, last)]
+            _, num_bytes, piece = await self._client.script(scripts.READ_IDS, keys, arguments)
+            if num_bytes != 4 * num_tokens:
                 return None
             pieces.append(piece)
         return ids_from_bytes(b"".join(pieces))

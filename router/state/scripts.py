@@ -1,8 +1,8 @@
 """The Lua scripts of sessions: each is one atomic step that may be sent twice.
 
 A reply may be lost after a script ran, so every script recognises its own second run and answers as
-it did the first time. A script checks everything before it writes anything: Redis does not roll
-back, and refuses for want of memory only before a script's first write.
+it did the first time. A script checks everything before it writes anything, because Redis does not
+roll back. A full server refuses a script as a whole, unless its first line says otherwise.
 
 Every script takes the seven keys of a session (`redis_keys.SessionKeys`) and answers a list whose
 first item is a word: OK, or what is wrong (MISSING, EXISTS, BUSY, FENCED, CONFLICT, QUOTA).
@@ -88,8 +88,13 @@ end
 """
 
 
-def _script(name: str, body: str) -> Script:
-    return Script(name, _PRELUDE + body)
+_ALLOW_OOM = "allow-oom"
+"""A full server runs it: what frees memory, and what lets a turn that runs come to its end."""
+_NO_WRITES = "no-writes"
+
+
+def _script(name: str, body: str, flags: str = "") -> Script:
+    return Script(name, f"#!lua{' flags=' * bool(flags)}{flags}\n{_PRELUDE}{body}")
 
 
 CREATE = _script(
@@ -151,6 +156,7 @@ local there = call('EXISTS', M)
 call('UNLINK', M, TOK, LOG, OPEN, IDS, LEASE)
 return {'OK', there}
 """,
+    _ALLOW_OOM,
 )
 
 PRUNE = _script(
@@ -160,12 +166,13 @@ PRUNE = _script(
 if call('EXISTS', M) == 0 then call('ZREM', INDEX, ARGV[1]) end
 return {'OK'}
 """,
+    _ALLOW_OOM,
 )
 
 ACQUIRE = _script(
     "acquire",
     """
--- A token lease_ms abandoned dead_prefix; `abandoned` is a lease of ours that nobody uses any more
+-- A token lease_ms lost dead_prefix; `lost` is a lease of our process that nobody in it knows
 local v = call('HMGET', M, 'epoch', 'turn', 'ntok', 'quota', 'ns')
 if not v[1] then return {'MISSING'} end
 local held = call('GET', LEASE)
@@ -183,6 +190,7 @@ call('SET', LEASE, ARGV[1], 'PX', ARGV[2])
 touch(now_ms())
 return {'OK', tonumber(v[1]), tonumber(v[2]), tonumber(v[3]), tonumber(v[4]), v[5]}
 """,
+    _ALLOW_OOM,
 )
 
 RENEW = _script(
@@ -194,6 +202,7 @@ if wrong then return wrong end
 touch(now_ms())
 return {'OK'}
 """,
+    _ALLOW_OOM,
 )
 
 RELEASE = _script(
@@ -204,6 +213,7 @@ if call('GET', LEASE) == ARGV[1] then call('DEL', LEASE) end
 if call('HGET', M, 'holder') == ARGV[1] then call('HDEL', M, 'holder') end
 return {'OK'}
 """,
+    _ALLOW_OOM,
 )
 
 OPEN = _script(
@@ -237,6 +247,7 @@ if #rest > 0 then call('APPEND', IDS, rest) end
 touch(now_ms())
 return {'OK', call('STRLEN', IDS) / 4}
 """,
+    _ALLOW_OOM,
 )
 
 COMMIT = _script(
@@ -265,6 +276,7 @@ call('HSET', M, 'turn', turn, 'ntok', ntok)
 touch(now_ms())
 return {'OK', turn, ntok}
 """,
+    _ALLOW_OOM,
 )
 
 ABANDON = _script(
@@ -282,6 +294,7 @@ end
 touch(now_ms())
 return {'OK'}
 """,
+    _ALLOW_OOM,
 )
 
 ATTACH = _script(
@@ -303,6 +316,34 @@ return {'OK'}
 """,
 )
 
+READ = _script(
+    "read",
+    """
+return {'OK', call('HGETALL', M), call('GET', LEASE), call('HGET', OPEN, 'req'),
+  call('HGET', OPEN, 'prompt'), call('STRLEN', IDS)}
+""",
+    _NO_WRITES,
+)
+
+READ_OPEN = _script(
+    "read_open",
+    """
+return {'OK', call('HMGET', OPEN, 'req', 'prompt', 'seed', 'request', 'started_ms'),
+  call('STRLEN', IDS)}
+""",
+    _NO_WRITES,
+)
+
+READ_IDS = _script(
+    "read_ids",
+    """
+-- A key_number first last; of bytes, the last one included
+return {'OK', call('STRLEN', KEYS[tonumber(ARGV[1])]),
+  call('GETRANGE', KEYS[tonumber(ARGV[1])], ARGV[2], ARGV[3])}
+""",
+    _NO_WRITES,
+)
+
 ALL = (
     CREATE,
     FORK,
@@ -316,4 +357,7 @@ ALL = (
     COMMIT,
     ABANDON,
     ATTACH,
+    READ,
+    READ_OPEN,
+    READ_IDS,
 )

@@ -77,22 +77,17 @@ def _raise(reply: Sequence[Any], session_id: str) -> NoReturn:
     raise InternalError(f"a session script answered {word!r}")
 
 
-def record_of(
-    tenant: str,
-    session_id: str,
-    meta: Mapping[bytes, bytes],
-    lease: bytes | None,
-    opened: Sequence[bytes | None],
-    open_bytes: int,
-) -> SessionRecord | None:
-    """Return the record of a session's hash, lease and open turn; None without a hash."""
+def record_of(tenant: str, session_id: str, reply: Sequence[Any]) -> SessionRecord | None:
+    """Return the record in an answer of `scripts.READ`; None when there is no session."""
+    _, flat, lease, request_id, prompt_tokens, open_bytes = reply
+    meta: dict[bytes, bytes] = dict(zip(flat[::2], flat[1::2], strict=True))
     if not meta:
         return None
     open_turn = None
-    if opened[0] is not None and opened[1] is not None:
+    if request_id is not None:
         open_turn = OpenTurnSummary(
-            request_id=opened[0].decode(),
-            prompt_tokens=int(opened[1]),
+            request_id=request_id.decode(),
+            prompt_tokens=int(prompt_tokens),
             num_tokens=open_bytes // 4,
         )
     snapshots = {

@@ -18,7 +18,7 @@ from router.state import directory, paging, scripts
 from router.state.breaker import CircuitBreaker
 from router.state.control import Argument, ControlClient, ControlSettings
 from router.state.endpoint import Endpoint
-from router.state.leases import LeaseStore, StoreSettings
+from router.state.leases import TOKENS, LeaseStore, StoreSettings
 from router.state.redis_keys import session_keys
 from router.state.session_codec import (
     SNAPSHOT,
@@ -223,7 +223,7 @@ class SessionStore(LeaseStore):
             SessionNotFoundError: There is no such session.
         """
         record = await self.get(tenant, session_id)
-        ids = await self._ids(session_keys(tenant, session_id).tokens, record.num_tokens)
+        ids = await self._ids(session_keys(tenant, session_id), TOKENS, record.num_tokens)
         if ids is None:  # deleted in between
             raise SessionNotFoundError(session_id)
         return ids
@@ -260,13 +260,5 @@ class SessionStore(LeaseStore):
         await directory.report_dead(self._client, engine, boot)
 
     async def _read(self, tenant: str, session_id: str) -> SessionRecord | None:
-        keys = session_keys(tenant, session_id)
-        meta, lease, opened, open_bytes = await self._client.transaction(
-            [
-                ["HGETALL", keys.meta],
-                ["GET", keys.lease],
-                ["HMGET", keys.open_turn, "req", "prompt"],
-                ["STRLEN", keys.open_tokens],
-            ]
-        )
-        return record_of(tenant, session_id, meta, lease, opened, open_bytes)
+        reply = await self._client.script(scripts.READ, session_keys(tenant, session_id))
+        return record_of(tenant, session_id, reply)

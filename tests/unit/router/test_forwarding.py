@@ -13,6 +13,8 @@ from protos.errors import (
     ExpertMeshError,
     InvalidFieldError,
     QueueFullError,
+    SessionNotFoundError,
+    StateUnavailableError,
     UnreachableError,
     from_rpc_error,
 )
@@ -21,10 +23,27 @@ from protos.v1 import generation_pb2, generation_pb2_grpc
 from router.gateway import forwarding
 from router.gateway.forwarding import SHUN_S, Forwarder
 from router.gateway.interceptor import ErrorInterceptor
-from router.gateway.routing import WARM_BYTES, Load, RouterView
+from router.gateway.routing import WARM_BYTES, Load, RouterView, aligned_hashes
+from router.state.session_records import SessionRecord
 
-HASHES: Mapping[int, bytes] = {1024: bytes(range(32))}
-NUM_TOKENS = 1100
+PROMPT = range(1100)
+HASHES: Mapping[int, bytes] = {1024: aligned_hashes("ns", PROMPT)[1024]}
+SESSION = SessionRecord(
+    tenant="",
+    session_id="s",
+    num_tokens=1090,
+    num_turns=1,
+    created_ms=0,
+    updated_ms=0,
+    ttl_s=60.0,
+    quota_tokens=0,
+    metadata={},
+    namespace="ns",
+    nonce=b"",
+    holder=None,
+    open_turn=None,
+    snapshots={1090: bytes(range(32))},
+)
 NUM_MESSAGES = 5
 
 
@@ -38,6 +57,8 @@ class Router(generation_pb2_grpc.GenerationServiceServicer):
     fail_after: int = 0
     """Messages before `error`."""
     hangs: bool = False
+    read_error: ExpertMeshError | None = None
+    """Of the session's record."""
     requests: list[generation_pb2.GenerateRequest] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -46,9 +67,7 @@ class Router(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: forwarding.Context
     ) -> None:
-        if self.forwarder is not None and await self.forwarder.forward(
-            request, HASHES, NUM_TOKENS, context
-        ):
+        if self.forwarder is not None and await self.forwards(request, context):
             return
         self.requests.append(request)
         self.keys.append(str(dict(context.invocation_metadata() or ()).get("authorization", "")))
@@ -64,6 +83,19 @@ class Router(generation_pb2_grpc.GenerationServiceServicer):
         finally:
             self.ended.set()
 
+    async def forwards(
+        self, request: generation_pb2.GenerateRequest, context: forwarding.Context
+    ) -> bool:
+        assert self.forwarder is not None
+        if request.session_id:
+            return await self.forwarder.forward_turn(request, self.read, context)
+        return await self.forwarder.forward(request, PROMPT, context)
+
+    async def read(self) -> SessionRecord:
+        if self.read_error is not None:
+            raise self.read_error
+        return SESSION
+
     async def CancelRequests(
         self, request: generation_pb2.CancelRequestsRequest, context: forwarding.Context
     ) -> generation_pb2.CancelRequestsResponse:
@@ -73,7 +105,8 @@ class Router(generation_pb2_grpc.GenerationServiceServicer):
 
 def view(router_id: str, address: str, *, warm: bool = False, queued: int = 0) -> RouterView:
     load = Load(prefill_tokens_per_s=1000.0, queued_tokens=queued, num_running=0, max_running=8)
-    keys = frozenset(key[:WARM_BYTES] for key in HASHES.values()) if warm else frozenset()
+    known = [*HASHES.values(), *SESSION.snapshots.values()]
+    keys = frozenset(key[:WARM_BYTES] for key in known) if warm else frozenset()
     return RouterView(router_id=router_id, address=address, load=load, warm=keys)
 
 
@@ -118,6 +151,7 @@ async def pair() -> AsyncIterator[Pair]:
                 lambda: view("near", near_address),
                 lambda: made.views,
                 Access(),
+                "ns",
                 clock=lambda: made.now,
             ),
             [view("far", far_address, warm=True)],
@@ -142,6 +176,22 @@ async def test_the_warm_router_serves_and_the_client_sees_one_stream(pair: Pair)
     assert pair.far.requests[0].request_id, "one id for both"
     assert pair.forwarder.stats.forwarded == 1
     assert pair.forwarder.stats.warm_tokens == 1024
+
+
+async def test_a_sessions_turn_goes_where_the_session_is_warm(pair: Pair) -> None:
+    assert await pair.ask(session_id="s") == ["far"] * NUM_MESSAGES
+    assert pair.forwarder.stats.warm_tokens == 1090
+    assert pair.far.requests[0].session_id == "s"
+
+
+@pytest.mark.parametrize(
+    "error", [SessionNotFoundError("s"), StateUnavailableError("gone", 1.0)], ids=["no", "down"]
+)
+async def test_a_session_that_cannot_be_read_is_this_routers_to_answer(
+    pair: Pair, error: ExpertMeshError
+) -> None:
+    pair.near.read_error = error
+    assert await pair.ask(session_id="s") == ["near"] * NUM_MESSAGES
 
 
 async def test_a_forwarded_request_stays_where_it_is(pair: Pair) -> None:

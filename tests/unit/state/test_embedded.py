@@ -139,6 +139,15 @@ def test_a_frozen_server_dies_too(server_program: Path) -> None:
     eventually(lambda: is_gone(server) and not folder.exists(), 20)
 
 
+def test_a_server_that_is_frozen_for_a_while_lives_on(start_server: StartServer) -> None:
+    server = start_server()
+    os.kill(server.pid, signal.SIGSTOP)
+    assert not answers(server.endpoint)
+    os.kill(server.pid, signal.SIGCONT)
+    eventually(lambda: answers(server.endpoint))
+    assert server.is_alive
+
+
 def test_it_dies_with_its_guard(start_server: StartServer) -> None:
     server = start_server()
     os.kill(server._guard.pid, signal.SIGKILL)

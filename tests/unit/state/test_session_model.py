@@ -152,7 +152,7 @@ async def step(
                 assert is_ours
                 model.history += model.open_tokens + ids
                 model.requests.append(mine)
-                model.open_request, model.open_tokens = "", []
+                model.open_request, model.open_tokens, model.is_leased = "", [], True
             return
     except SessionFencedError as error:
         fenced = str(error)
