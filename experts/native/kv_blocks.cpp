@@ -11,7 +11,14 @@
 namespace em {
 namespace {
 
+// Store 32 bytes, aligned; streamed past the caches or not.
+template <bool kStream>
+inline void store8(uint32_t* to, __m256i words) {
+  kStream ? _mm256_stream_si256((__m256i*)to, words) : _mm256_storeu_si256((__m256i*)to, words);
+}
+
 // Transpose 8 x 8 words: row i of `to` is column i of `from`; strides in words.
+template <bool kStream = false>
 inline void transpose8(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
   __m256i r[8], t[8];
   for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_si256((const __m256i*)(from + i * from_stride));
@@ -28,8 +35,8 @@ inline void transpose8(const uint32_t* from, int64_t from_stride, uint32_t* to, 
   for (int i = 0; i < 4; i++) {
     __m256i low = _mm256_permute2x128_si256(r[i], r[4 + i], 0x20);
     __m256i high = _mm256_permute2x128_si256(r[i], r[4 + i], 0x31);
-    _mm256_storeu_si256((__m256i*)(to + i * to_stride), low);
-    _mm256_storeu_si256((__m256i*)(to + (4 + i) * to_stride), high);
+    store8<kStream>(to + i * to_stride, low);
+    store8<kStream>(to + (4 + i) * to_stride, high);
   }
 }
 
@@ -51,8 +58,24 @@ inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, i
   }
 }
 
-// The tokens of one group, all KV heads. Rows are `row` elements apart.
-template <class Elem>
+// The same of exactly kGroup rows, past the caches: what is restored is not read again soon, and a
+// streamed line is not fetched first. A line of `to` is kGroup words, written whole, in two halves.
+template <bool kStream>
+inline void transpose_group(const uint32_t* from, int64_t from_stride, uint32_t* to,
+                            int64_t columns) {
+  int64_t j = 0;
+  for (; j + 8 <= columns; j += 8) {
+    transpose8<kStream>(from + j, from_stride, to + j * kGroup, kGroup);
+    transpose8<kStream>(from + 8 * from_stride + j, from_stride, to + j * kGroup + 8, kGroup);
+  }
+  for (; j < columns; j++) {
+    for (int64_t i = 0; i < kGroup; i++) to[j * kGroup + i] = from[i * from_stride + j];
+  }
+}
+
+// The tokens of one group, all KV heads. Rows are `row` elements apart. Streaming needs a cache that
+// begins at a multiple of 32 bytes: then all of a group's rows do.
+template <class Elem, bool kStream = false>
 struct Copy {
   static constexpr int64_t kPair = 4 / sizeof(Elem);
   const Cache& kv;
@@ -70,7 +93,12 @@ struct Copy {
 
   void write(int64_t block, int64_t group, int64_t tokens, const Elem* k, const Elem* v) const {
     for (int64_t h = 0; h < kv_heads; h++, k += hd, v += hd) {
-      transpose((const uint32_t*)k, row / kPair, kv.k(block, h, group), kGroup, tokens, kv.steps);
+      uint32_t* keys = kv.k(block, h, group);
+      if (tokens == kGroup) {
+        transpose_group<kStream>((const uint32_t*)k, row / kPair, keys, kv.steps);
+      } else {
+        transpose((const uint32_t*)k, row / kPair, keys, kGroup, tokens, kv.steps);
+      }
       uint32_t* to = kv.v(block, h, group);
       for (int64_t t = 0; t < tokens; t += kPair, to += kv.width) {
         write_values(to, v + t * row, tokens - t);
@@ -94,9 +122,18 @@ struct Copy {
   void write_values(uint32_t* to, const bf16* v, int64_t tokens) const {
     if (tokens == 1) {
       for (int64_t i = 0; i < hd; i++) to[i] = v[i];
-    } else {
-      for (int64_t i = 0; i < hd; i++) to[i] = v[i] | uint32_t(v[row + i]) << 16;
+      return;
     }
+    int64_t i = 0;
+    for (; i + 16 <= hd; i += 16) {
+      __m256i even = _mm256_loadu_si256((const __m256i*)(v + i));
+      __m256i odd = _mm256_loadu_si256((const __m256i*)(v + row + i));
+      __m256i low = _mm256_unpacklo_epi16(even, odd);  // words 0-3 and 8-11
+      __m256i high = _mm256_unpackhi_epi16(even, odd);
+      store8<kStream>(to + i, _mm256_permute2x128_si256(low, high, 0x20));
+      store8<kStream>(to + i + 8, _mm256_permute2x128_si256(low, high, 0x31));
+    }
+    for (; i < hd; i++) to[i] = v[i] | uint32_t(v[row + i]) << 16;
   }
 };
 
@@ -122,14 +159,23 @@ void read(const Cache& kv, int64_t kv_heads, int64_t hd, const int32_t* blocks, 
   });
 }
 
-template <class Elem>
+template <class Elem, bool kStream>
 void write(const Cache& kv, int64_t kv_heads, int64_t hd, const int32_t* blocks, int64_t tokens,
            const Elem* in) {
-  Copy<Elem> copy{kv, kv_heads, hd, kv_heads * hd};
+  Copy<Elem, kStream> copy{kv, kv_heads, hd, kv_heads * hd};
   const Elem* v = in + tokens * copy.row;
   for_groups(kv, blocks, tokens, [&](int64_t block, int64_t group, int64_t t, int64_t count) {
     copy.write(block, group, count, in + t * copy.row, v + t * copy.row);
   });
+  if (kStream) _mm_sfence();  // whoever is told next sees them
+}
+
+template <class Elem>
+void write(const Cache& kv, int64_t kv_heads, int64_t hd, const int32_t* blocks, int64_t tokens,
+           const Elem* in) {
+  bool is_aligned = uintptr_t(kv.words) % 32 == 0;
+  is_aligned ? write<Elem, true>(kv, kv_heads, hd, blocks, tokens, in)
+             : write<Elem, false>(kv, kv_heads, hd, blocks, tokens, in);
 }
 
 }  // namespace
@@ -137,20 +183,29 @@ void write(const Cache& kv, int64_t kv_heads, int64_t hd, const int32_t* blocks,
 
 extern "C" {
 
-// hd must be even in bfloat16: a word is two neighbouring components.
-void em_kv_read(void* cache, int dtype, int64_t block_size, int64_t kv_heads, int64_t hd,
-                const int32_t* blocks, int64_t tokens, void* out) {
+// hd must be even in bfloat16: a word is two neighbouring components. `caches` are those of several
+// layers, whose rows follow one another in `out` or `in`.
+void em_kv_read(void* const* caches, int64_t layers, int dtype, int64_t block_size,
+                int64_t kv_heads, int64_t hd, const int32_t* blocks, int64_t tokens, void* out) {
   using namespace em;
-  Cache kv(cache, dtype, block_size, kv_heads, hd);
-  dtype == kFloat32 ? read(kv, kv_heads, hd, blocks, tokens, (float*)out)
-                    : read(kv, kv_heads, hd, blocks, tokens, (bf16*)out);
+  int64_t elements = 2 * tokens * kv_heads * hd;
+  for (int64_t layer = 0; layer < layers; layer++) {
+    Cache kv(caches[layer], dtype, block_size, kv_heads, hd);
+    dtype == kFloat32 ? read(kv, kv_heads, hd, blocks, tokens, (float*)out + layer * elements)
+                      : read(kv, kv_heads, hd, blocks, tokens, (bf16*)out + layer * elements);
+  }
 }
 
-void em_kv_write(void* cache, int dtype, int64_t block_size, int64_t kv_heads, int64_t hd,
-                 const int32_t* blocks, int64_t tokens, const void* in) {
+void em_kv_write(void* const* caches, int64_t layers, int dtype, int64_t block_size,
+                 int64_t kv_heads, int64_t hd, const int32_t* blocks, int64_t tokens,
+                 const void* in) {
   using namespace em;
-  Cache kv(cache, dtype, block_size, kv_heads, hd);
-  dtype == kFloat32 ? write(kv, kv_heads, hd, blocks, tokens, (const float*)in)
-                    : write(kv, kv_heads, hd, blocks, tokens, (const bf16*)in);
+  int64_t elements = 2 * tokens * kv_heads * hd;
+  for (int64_t layer = 0; layer < layers; layer++) {
+    Cache kv(caches[layer], dtype, block_size, kv_heads, hd);
+    dtype == kFloat32
+        ? write<float>(kv, kv_heads, hd, blocks, tokens, (const float*)in + layer * elements)
+        : write<bf16>(kv, kv_heads, hd, blocks, tokens, (const bf16*)in + layer * elements);
+  }
 }
 }

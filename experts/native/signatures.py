@@ -67,8 +67,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ],
     ),
     # kv_blocks.cpp
-    "em_kv_read": (None, [_PTR, _INT, _LONG, _LONG, _LONG, _PTR, _LONG, _PTR]),
-    "em_kv_write": (None, [_PTR, _INT, _LONG, _LONG, _LONG, _PTR, _LONG, _PTR]),
+    "em_kv_read": (None, [_PTR, _LONG, _INT, _LONG, _LONG, _LONG, _PTR, _LONG, _PTR]),
+    "em_kv_write": (None, [_PTR, _LONG, _INT, _LONG, _LONG, _LONG, _PTR, _LONG, _PTR]),
     # step.cpp
     "em_step": (_LONG, [_PTR, _PTR, _PTR]),
     # serve.cpp

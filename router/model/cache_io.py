@@ -93,22 +93,13 @@ class DecoderCacheIo:
 
     def read_tail(self, blocks: Sequence[int], num_tokens: int, out: Any) -> None:
         """See `CacheIo.read_tail`."""
-        parts = self._per_layer(out, num_tokens)
-        ids = np.array(blocks, dtype=np.int32)
-        for kv, part in zip(self._kv, parts, strict=True):
-            self._ops.read_kv(kv, ids, num_tokens, part)
+        whole = _bytes_of(out, self.tail_bytes(num_tokens))
+        self._ops.read_kv(self._kv, np.array(blocks, dtype=np.int32), num_tokens, whole)
 
     def write_tail(self, blocks: Sequence[int], num_tokens: int, values: Any) -> None:
         """See `CacheIo.write_tail`."""
-        parts = self._per_layer(values, num_tokens)
-        ids = np.array(blocks, dtype=np.int32)
-        for kv, part in zip(self._kv, parts, strict=True):
-            self._ops.write_kv(kv, ids, num_tokens, part)
-
-    def _per_layer(self, buffer: Any, num_tokens: int) -> Bytes:
-        """Return a buffer's view `[layers, bytes of one]`."""
-        whole = _bytes_of(buffer, self.tail_bytes(num_tokens))
-        return whole.reshape(len(self._kv), num_tokens * self._token_bytes)
+        whole = _bytes_of(values, self.tail_bytes(num_tokens))
+        self._ops.write_kv(self._kv, np.array(blocks, dtype=np.int32), num_tokens, whole)
 
     def read_state(self, slot: int, out: Any) -> None:
         """See `CacheIo.read_state`."""

@@ -11,6 +11,7 @@ Two kinds of calls: `short` ones keep the interpreter lock, `long` ones give it 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -270,7 +271,7 @@ class NativeOps:
             for start in range(0, section.shape[0], most):
                 part = section[start : start + most]
                 for blocks, values in zip(staging.cache_blocks, part, strict=False):
-                    self.write_kv(staging.kv, blocks, CACHE_BLOCK, values)
+                    self.write_kv([staging.kv], blocks, CACHE_BLOCK, values)
                 table = staging.cache_blocks.ctypes.data
                 run(1, staging.kv, table, part.shape[0] * CACHE_BLOCK)
         run(2, kv, own, 0)
@@ -295,19 +296,33 @@ class NativeOps:
         return NativeKv(blocks, block_size, num_kv_heads, head_dim, code, blocks.data_ptr())
 
     def read_kv(
-        self, kv: NativeKv, blocks: NDArray[np.int32], num_tokens: int, out: NDArray[np.uint8]
+        self,
+        layers: Sequence[NativeKv],
+        blocks: NDArray[np.int32],
+        num_tokens: int,
+        out: NDArray[np.uint8],
     ) -> None:
         """See `Ops.read_kv`. Gives up the interpreter lock and stays out of the thread pool."""
+        caches = np.array([kv.address for kv in layers], dtype=np.int64)
+        kv = layers[0]
         self.long.kv_read(
-            *(kv.address, kv.code, kv.block_size, kv.num_kv_heads, kv.head_dim),
+            *(caches.ctypes.data, len(caches)),
+            *(kv.code, kv.block_size, kv.num_kv_heads, kv.head_dim),
             *(blocks.ctypes.data, num_tokens, out.ctypes.data),
         )
 
     def write_kv(
-        self, kv: NativeKv, blocks: NDArray[np.int32], num_tokens: int, values: NDArray[np.uint8]
+        self,
+        layers: Sequence[NativeKv],
+        blocks: NDArray[np.int32],
+        num_tokens: int,
+        values: NDArray[np.uint8],
     ) -> None:
         """See `Ops.write_kv`. Gives up the interpreter lock and stays out of the thread pool."""
+        caches = np.array([kv.address for kv in layers], dtype=np.int64)
+        kv = layers[0]
         self.long.kv_write(
-            *(kv.address, kv.code, kv.block_size, kv.num_kv_heads, kv.head_dim),
+            *(caches.ctypes.data, len(caches)),
+            *(kv.code, kv.block_size, kv.num_kv_heads, kv.head_dim),
             *(blocks.ctypes.data, num_tokens, values.ctypes.data),
         )

@@ -21,6 +21,7 @@ DeltaNet, dk/dv their sizes, C = 2*Hk*dk + Hv*dv conv channels, E experts, K top
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -211,21 +212,30 @@ class Ops(Protocol):
         ...
 
     def read_kv(
-        self, kv: Any, blocks: NDArray[np.int32], num_tokens: int, out: NDArray[np.uint8]
+        self,
+        layers: Sequence[Any],
+        blocks: NDArray[np.int32],
+        num_tokens: int,
+        out: NDArray[np.uint8],
     ) -> None:
-        """Copy K `[num_tokens, Hkv, hd]`, then V alike, out of the blocks of one sequence.
+        """Copy K `[num_tokens, Hkv, hd]`, then V alike, out of the blocks of one sequence, layer by
+        layer.
 
         Args:
-            kv: The layer.
+            layers: At least one, allocated alike.
             blocks: The blocks of the `num_tokens` tokens, in order; the first token is at the begin
                 of the first block.
             num_tokens: At least one.
-            out: The bytes of both, in the KV dtype.
+            out: The bytes of all, in the KV dtype.
         """
         ...
 
     def write_kv(
-        self, kv: Any, blocks: NDArray[np.int32], num_tokens: int, values: NDArray[np.uint8]
+        self,
+        layers: Sequence[Any],
+        blocks: NDArray[np.int32],
+        num_tokens: int,
+        values: NDArray[np.uint8],
     ) -> None:
         """Copy what `read_kv` gave, bit for bit, into blocks. `values` may be read-only."""
         ...

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -433,20 +433,30 @@ class TorchOps:
         return TorchKv(k, lazy_zeros(shape, dtype, self.device), block_size)
 
     def read_kv(
-        self, kv: TorchKv, blocks: NDArray[np.int32], num_tokens: int, out: NDArray[np.uint8]
+        self,
+        layers: Sequence[TorchKv],
+        blocks: NDArray[np.int32],
+        num_tokens: int,
+        out: NDArray[np.uint8],
     ) -> None:
         """See `Ops.read_kv`."""
-        slots = kv.slots_of(blocks, num_tokens)
-        for tensor, part in zip((kv.k, kv.v), out.reshape(2, -1), strict=True):
+        slots = layers[0].slots_of(blocks, num_tokens)
+        tensors = [tensor for kv in layers for tensor in (kv.k, kv.v)]
+        for tensor, part in zip(tensors, out.reshape(len(tensors), -1), strict=True):
             rows = tensor.index_select(0, slots).view(torch.uint8)
             np.copyto(part, rows.flatten().cpu().numpy())
 
     def write_kv(
-        self, kv: TorchKv, blocks: NDArray[np.int32], num_tokens: int, values: NDArray[np.uint8]
+        self,
+        layers: Sequence[TorchKv],
+        blocks: NDArray[np.int32],
+        num_tokens: int,
+        values: NDArray[np.uint8],
     ) -> None:
         """See `Ops.write_kv`."""
-        slots = kv.slots_of(blocks, num_tokens)
-        for tensor, part in zip((kv.k, kv.v), values.reshape(2, -1), strict=True):
+        slots = layers[0].slots_of(blocks, num_tokens)
+        tensors = [tensor for kv in layers for tensor in (kv.k, kv.v)]
+        for tensor, part in zip(tensors, values.reshape(len(tensors), -1), strict=True):
             rows = torch.from_numpy(part.copy()).view(tensor.dtype)
             tensor.index_copy_(0, slots, rows.view(-1, *tensor.shape[1:]).to(self.device))
 

@@ -360,10 +360,14 @@ class Bulk:
                 return line
             if self._stop - self._start > _MAX_LINE_BYTES:
                 raise self._broken("sent a line without end")
-            rest = bytes(self._view[self._start : self._stop])
-            self._view[: len(rest)] = rest
-            self._start, self._stop = 0, len(rest)
-            self._stop += self._receive_some(self._view[self._stop :])
+            self._fill()
+
+    def _fill(self) -> None:
+        """Receive more into the buffer, which is never full here."""
+        rest = bytes(self._view[self._start : self._stop])
+        self._view[: len(rest)] = rest
+        self._start, self._stop = 0, len(rest)
+        self._stop += self._receive_some(self._view[self._stop :])
 
     def _number(self, line: bytes, mark: bytes) -> int:
         if line[:1] == mark and line[1:].lstrip(b"-").isdigit():
@@ -378,8 +382,11 @@ class Bulk:
         return None if length < 0 else length
 
     def _end_of_value(self) -> None:
-        end = bytearray(2)
-        self._receive_exactly(memoryview(end))
+        # Through the buffer: one call brings the head of the next answer, too.
+        while self._stop - self._start < 2:
+            self._fill()
+        end = self._buffer[self._start : self._start + 2]
+        self._start += 2
         if end != b"\r\n":
             raise self._broken("sent a value of another length than it said")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import xxhash
 
@@ -129,43 +129,49 @@ class Link:
         """Whether the server may be asked now; False makes no socket call."""
         return self._breaker.allow()
 
-    @contextlib.contextmanager
-    def sending(self) -> Iterator[Bulk]:
+    def sending(self) -> _Exchange:
         """Tell the breaker if the block fails; that bytes left says nothing about the server.
 
-        Raises:
-            BulkError: As the block raised it; the connection is closed.
+        A `BulkError` passes through; the connection is closed then.
         """
-        try:
-            yield self.bulk
-        except BulkCancelledError:
-            raise
-        except BulkLateError as error:
-            if error.is_stalled:
-                self._breaker.failed()
-            raise
-        except BulkError:
-            self._breaker.failed()
-            raise
-        except BaseException:
-            self.bulk.close()
-            raise
+        return _Exchange(self.bulk, self._breaker, is_answer=False)
 
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[Bulk]:
+    def answering(self) -> _Exchange:
         """Tell the breaker how the block ended, in which the server answered.
 
-        Raises:
-            BulkError: As the block raised it; the connection is closed.
+        A `BulkError` passes through; the connection is closed then.
         """
-        started = time.monotonic()
-        with self.sending() as bulk:
-            yield bulk
-        self._breaker.succeeded(time.monotonic() - started)
+        return _Exchange(self.bulk, self._breaker, is_answer=True)
 
     def close(self) -> None:
         """Close the connection."""
         self.bulk.close()
+
+
+class _Exchange:
+    """One block of calls on a connection; not a generator, because every value passes two."""
+
+    __slots__ = ("_breaker", "_bulk", "_is_answer", "_started_s")
+
+    def __init__(self, bulk: Bulk, breaker: CircuitBreaker, *, is_answer: bool) -> None:
+        self._bulk = bulk
+        self._breaker = breaker
+        self._is_answer = is_answer
+        self._started_s = time.monotonic()
+
+    def __enter__(self) -> Bulk:
+        return self._bulk
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            if self._is_answer:
+                self._breaker.succeeded(time.monotonic() - self._started_s)
+        elif isinstance(error, BulkError):
+            is_late = isinstance(error, BulkLateError) and not error.is_stalled
+            if not is_late and not isinstance(error, BulkCancelledError):
+                self._breaker.failed()
+        else:
+            self._bulk.close()
 
 
 class Links:

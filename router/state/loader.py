@@ -1,9 +1,9 @@
 """Fetches values from the blob servers into the router's pool, verified, several at a time.
 
-Decides who fetches what and when a restore is late; what is fetched is the plan's business. Two
-threads per server, each with its own connection, keep two values on the way: while one is verified
-and unpacked, the next arrives in the socket. Stripes are received in place into one buffer per
-restore, blocks into one reused buffer per thread.
+Decides who fetches what and when a restore is late; what is fetched is the plan's business. One or
+two threads per server, each with its own connection, keep two values on the way: while one is
+verified and unpacked, the next arrives in the socket. Stripes are received in place into one buffer
+per restore, blocks into one reused buffer per thread.
 
 A restore has two bounds. At the first nothing more is hoped for, and the restore is cut to what is
 in place; up to the second the snapshot for that may still come. A thread that watches ends what no
@@ -13,6 +13,7 @@ other thread is busy with.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -38,7 +39,9 @@ _DEPTH = 2
 class LoaderSettings:
     """Bounds of loading."""
 
-    connections_per_server: int = 2
+    connections_per_server: int = 0
+    """0: one on hosts with up to 4 cores, two on others. A second thread pays only where there is
+    a core for it; else both wait for each other and for the interpreter lock."""
     max_loads: int = 64
     """Restores under way or waiting; more are refused as `busy`."""
     min_load_s: float = 0.25
@@ -117,9 +120,11 @@ class Loader:
         self._loads: list[_Load] = []
         self._is_closed = False
         self._spare: list[bytearray] = []
+        num_connections = self._settings.connections_per_server
+        num_connections = num_connections or (1 if (os.cpu_count() or 1) <= 4 else 2)
         self._threads = [
             threading.Thread(target=self._run, args=(server,), name=f"blob-read-{server}-{number}")
-            for number in range(self._settings.connections_per_server)
+            for number in range(num_connections)
             for server in range(len(store.servers))
         ]
         self._threads.append(threading.Thread(target=self._watch, name="blob-read-watch"))

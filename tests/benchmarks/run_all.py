@@ -49,6 +49,10 @@ COMMANDS = {
     "gateway": Command(quick=("--repeats", "2", "--requests", "10", "--new", "16")),
     "shared_prefix": Command(quick=("--sessions", "4")),
     "cancel_leak": Command(quick=("--requests", "100")),
+    "restore_frac": Command(
+        quick=("--tokens", "2048", "--cycles", "2"),
+        takes_checkpoint=False,
+    ),
 }
 
 

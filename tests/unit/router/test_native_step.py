@@ -161,11 +161,13 @@ def test_a_group_that_leaves_is_lost_and_named(service: Service) -> None:
     assert caught.value.fields["group_id"] == "b"
 
 
-def test_a_group_that_answers_garbage_is_lost(service: Service) -> None:
+def test_a_group_that_answers_garbage_is_lost(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lane: Any = service.dispatcher.transports[0]
     ours, theirs = socket.socketpair()
-    lane.close()
-    lane._socket = ours
+    old = lane._socket
+    monkeypatch.setattr(lane, "_socket", ours)
 
     def answer() -> None:
         theirs.recv(64)
@@ -178,6 +180,7 @@ def test_a_group_that_answers_garbage_is_lost(service: Service) -> None:
         service.decoder.forward(steps()[0], caches)
     thread.join()
     theirs.close()
+    old.close()
     native, slow = service.caches(), service.caches()  # it was opened anew
     for mine, twin in both_ways(service.decoder, native, slow):
         assert torch.equal(mine, twin)

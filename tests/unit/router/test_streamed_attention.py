@@ -166,7 +166,7 @@ def step_twice(
     rng.shuffle(table)
     heads = params.num_kv_heads, params.head_dim
     past = normal(2, context, *heads, seed=6).to(dtype)
-    ops.write_kv(kv, np.array(table, np.int32), context, as_bytes(past))
+    ops.write_kv([kv], np.array(table, np.int32), context, as_bytes(past))
     width = 2 * (params.num_heads + params.num_kv_heads) * params.head_dim
     qkv = normal(tokens, width, seed=7).to(ops.activation_dtype)
     cos_sin = normal(tokens, params.rotary_dim, seed=8)
@@ -179,7 +179,7 @@ def step_twice(
     given = GivenPast(as_bytes(values).reshape(count, -1), cut(count, most, rng))
     gone = cold // block_size
     nan = as_bytes(torch.full((2, cold, *heads), float("nan"), dtype=dtype))
-    ops.write_kv(kv, np.array(table[:gone], np.int32), cold, nan)
+    ops.write_kv([kv], np.array(table[:gone], np.int32), cold, nan)
     local = torch.tensor([table[gone:]], dtype=torch.int32)
     step = ops.begin_step(replace(batch, cold=given, block_tables=local))
     return ops.attention(qkv, params, cos_sin, kv, step), want

@@ -33,7 +33,9 @@ from tests.unit.state.blob_servers import (
 )
 
 POSITIONS = (512, 1024, 1300)
-PATIENT = TierSettings(probe_s=20.0, loader=LoaderSettings(min_load_s=20.0))
+PATIENT = TierSettings(
+    probe_s=20.0, loader=LoaderSettings(connections_per_server=2, min_load_s=20.0)
+)
 """Shared cores: no test depends on how fast they are."""
 
 
