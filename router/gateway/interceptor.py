@@ -6,6 +6,7 @@ logged with its traceback under the request id, and the client gets that id and 
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,9 @@ from protos.errors import ExpertMeshError, InternalError
 from protos.ids import new_request_id
 
 logger = logging.getLogger(__name__)
+
+ABORT_TIMEOUT_S = 5.0
+"""How long a client may take to receive the status of a call that failed."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -88,4 +92,11 @@ async def _abort(error: Exception, request: Any, context: Context, method: str) 
         request_id = getattr(request, "request_id", "") or new_request_id()
         logger.error("rpc.failed method=%s id=%s", method, request_id, exc_info=error)
         error = InternalError(f"unexpected {type(error).__name__}", request_id)
-    await context.abort(error.code, error.message, error.trailers())
+    try:
+        async with asyncio.timeout(ABORT_TIMEOUT_S):
+            await context.abort(error.code, error.message, error.trailers())
+    except TimeoutError:
+        # Behind messages that the client does not read, the status is not sent either: drop the
+        # call, which resets its stream.
+        logger.info("rpc.dropped method=%s error=%s", method, error.reason)
+        raise asyncio.CancelledError from error

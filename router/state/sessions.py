@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Mapping
 
 from protos.errors import (
+    InternalError,
     InvalidFieldError,
     SessionNotFoundError,
     SessionQuotaError,
@@ -39,6 +40,10 @@ Turns = list[TurnRecord]
 Page = tuple[list[SessionRecord], str]
 Engines = list[Engine]
 Arguments = list[Argument]
+
+
+HISTORY_TRIES = 8
+"""Reads of a history, each of which a commit may spoil."""
 
 
 class SessionStore(LeaseStore):
@@ -222,11 +227,14 @@ class SessionStore(LeaseStore):
         Raises:
             SessionNotFoundError: There is no such session.
         """
-        record = await self.get(tenant, session_id)
-        ids = await self._ids(session_keys(tenant, session_id), TOKENS, record.num_tokens)
-        if ids is None:  # deleted in between
-            raise SessionNotFoundError(session_id)
-        return ids
+        for _ in range(HISTORY_TRIES):
+            record = await self.get(tenant, session_id)
+            keys = session_keys(tenant, session_id)
+            ids = await self._ids(keys, TOKENS, record.num_tokens)
+            if ids is not None:
+                return ids
+            # A turn was committed between the two reads.
+        raise InternalError(f"session {session_id} has not the tokens that its record says")
 
     async def attach_snapshot(
         self, tenant: str, session_id: str, num_tokens: int, position_hash: bytes

@@ -20,7 +20,7 @@ from experts.planner import plan_placement
 from experts.runtime import ExpertRuntime
 from experts.service import start_expert_server
 from protos import codec
-from protos.client import Client
+from protos.client import Client, ClientConfig
 from protos.errors import GroupLostError, StalePlacementError
 from router.engine.config import EngineConfig
 from router.engine.engine import Engine
@@ -132,7 +132,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_faulty_group_fails_the_request_and_leaks_nothing(system: System, name: str) -> None:
     answer, error = FAULTS[name]
-    with Client(system.address) as client:
+    with Client(system.address, ClientConfig(max_attempts=1)) as client:
         expected = client.complete([7, 8, 9], max_tokens=8, temperature=0).token_ids
         thread = system.break_lane(answer)
         with pytest.raises(error):
@@ -146,7 +146,7 @@ def test_a_faulty_group_fails_the_request_and_leaks_nothing(system: System, name
 def test_a_group_that_dies_fails_the_request_and_serves_again_when_it_is_back(
     system: System,
 ) -> None:
-    with Client(system.address) as client:
+    with Client(system.address, ClientConfig(max_attempts=1)) as client:
         expected = client.complete([5, 6], max_tokens=8, temperature=0).token_ids
         port = int(system.group.address.rsplit(":", 1)[1])
         system.group.stop()

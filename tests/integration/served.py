@@ -92,6 +92,9 @@ class Served:
                 self._process.kill()
                 raise
         self._reader.join(STOP_TIMEOUT_S)
+        for pipe in (self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            pipe.close()
 
     @property
     def address(self) -> str:

@@ -61,6 +61,7 @@ def ray_head() -> Iterator[RayHead]:
     yield RayHead(address, psutil.Process(process.pid), settings)
     process.stdin.close()
     process.wait(30)
+    process.stdout.close()
     shutil.rmtree(folder, ignore_errors=True)
 
 

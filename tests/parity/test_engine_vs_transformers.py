@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from router.engine.engine import Engine
 from router.engine.request import EngineRequest, SamplingParams, StepOutput, StoppingParams
 from router.model.decoder import Decoder
 from router.model.ops import Ops
-from tests.parity.oracle import LoopExperts, Oracle
+from tests.parity.oracle import LoopExperts, Oracle, make_decoder
 
 MakeOps = Callable[[torch.dtype], Ops]
 MakeCheckpoint = Callable[..., Path]
@@ -128,3 +129,57 @@ def test_bits_do_not_depend_on_the_engines_sizes(
             assert other_logprobs == logprobs
         for ours, expected in zip(other_logprobs, logprobs, strict=True):
             assert ours == pytest.approx(expected, abs=1e-4)
+
+
+def test_turns_of_a_conversation_equal_the_oracle(
+    make_ops: MakeOps, checkpoint: MakeCheckpoint
+) -> None:
+    """Two conversations side by side, four turns each, answers included: every turn but the first
+    goes on from a snapshot that stands at no round position."""
+    path = checkpoint()
+    oracle = Oracle(path)
+    decoder = make_decoder(path, make_ops(torch.float32))
+    vocab_size = decoder.config.vocab_size
+    engine = Engine(
+        decoder,
+        EngineConfig(
+            vocab_size=vocab_size,
+            max_model_len=512,
+            block_size=16,
+            num_blocks=64,
+            num_state_slots=2,
+            max_num_seqs=2,
+            max_num_batched_tokens=100,
+        ),
+    )
+    rng = random.Random(5)
+    histories: list[list[int]] = [[], []]
+    for turn in range(4):
+        outputs: dict[str, list[int]] = defaultdict(list)
+        cached: dict[str, int] = {}
+
+        def sink(
+            output: StepOutput, outputs: dict[str, list[int]] = outputs, cached: Any = cached
+        ) -> None:
+            assert output.error is None
+            outputs[output.request_id] += output.token_ids
+            if output.prefill is not None:
+                cached[output.request_id] = output.prefill.tokens_cached
+
+        for name, history in enumerate(histories):
+            history += [rng.randrange(vocab_size) for _ in range(rng.randrange(40, 70))]
+            request = EngineRequest(
+                request_id=str(name),
+                prompt_ids=history,
+                sampling=SamplingParams(temperature=0.0),
+                stopping=StoppingParams(max_tokens=40, ignore_eos=True),
+            )
+            engine.submit(request, sink)
+        while engine.step():
+            pass
+        for name, history in enumerate(histories):
+            ours = outputs[str(name)]
+            expected = oracle.logits([*history, *ours])[len(history) - 1 : -1]
+            assert ours == expected.argmax(1).tolist(), f"turn {turn}"
+            assert (cached[str(name)] > 0) == (turn > 0)
+            history += ours

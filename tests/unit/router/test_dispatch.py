@@ -93,6 +93,14 @@ def connect(groups: Groups, **overrides: Any) -> ExpertDispatcher:
     return ExpertDispatcher.connect(placement, addresses, **arguments)
 
 
+def replace_lane(dispatcher: ExpertDispatcher, sock: socket.socket) -> None:
+    """Let the only lane end in this socket."""
+    (lane,) = dispatcher.transports
+    assert isinstance(lane, LaneTransport)
+    lane.close()
+    lane._socket = sock
+
+
 def call(num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(num_tokens, HIDDEN, generator=generator)
@@ -172,6 +180,7 @@ def test_a_call_of_another_epoch_is_refused_and_the_connection_survives(
         dispatcher.combine(dispatcher.dispatch(0, *call(2)))
     assert caught.value.fields["group_epoch"] == 1
     assert caught.value.fields["call_epoch"] == 5
+    dispatcher.close()
 
 
 def test_rows_that_are_not_finite_are_named_and_the_next_call_works(
@@ -227,14 +236,11 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-def test_a_group_that_answers_garbage_is_lost(
-    groups: Callable[..., Groups], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_group_that_answers_garbage_is_lost(groups: Callable[..., Groups], name: str) -> None:
     """A real lane whose far end is replaced by one that answers nonsense."""
     dispatcher = connect(groups(a=1.0))
-    (lane,) = dispatcher.transports
     ours, theirs = socket.socketpair()
-    monkeypatch.setattr(lane, "_socket", ours)
+    replace_lane(dispatcher, ours)
 
     def answer() -> None:
         theirs.recv(64)
@@ -251,12 +257,11 @@ def test_a_group_that_answers_garbage_is_lost(
 
 
 def test_an_answer_of_another_epoch_is_stale_and_closes_the_connection(
-    groups: Callable[..., Groups], monkeypatch: pytest.MonkeyPatch
+    groups: Callable[..., Groups],
 ) -> None:
     dispatcher = connect(groups(a=1.0))
-    (lane,) = dispatcher.transports
     ours, theirs = socket.socketpair()
-    monkeypatch.setattr(lane, "_socket", ours)
+    replace_lane(dispatcher, ours)
     answer = codec.FrameHeader(
         kind=codec.FrameKind.RESULT,
         call_id=1,
@@ -315,7 +320,7 @@ def test_auto_takes_a_stream_where_no_lane_opens(
 
 
 def test_a_lane_whose_descriptor_is_too_large_for_select_is_read(
-    groups: Callable[..., Groups], monkeypatch: pytest.MonkeyPatch
+    groups: Callable[..., Groups],
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft <= 1500:
@@ -324,18 +329,16 @@ def test_a_lane_whose_descriptor_is_too_large_for_select_is_read(
     (lane,) = dispatcher.transports
     assert isinstance(lane, LaneTransport)
     os.dup2(lane.fileno(), 1500)
-    monkeypatch.setattr(lane, "_socket", socket.socket(fileno=1500))
+    replace_lane(dispatcher, socket.socket(fileno=1500))
     assert torch.isfinite(dispatcher.combine(dispatcher.dispatch(0, *call(1)))).all()
     dispatcher.close()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_silent_group_is_lost_after_the_bound(
-    groups: Callable[..., Groups], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_group_is_lost_after_the_bound(groups: Callable[..., Groups]) -> None:
     dispatcher = connect(groups(a=1.0), timeout_s=0.2)
     ours, theirs = socket.socketpair()
-    monkeypatch.setattr(dispatcher.transports[0], "_socket", ours)
+    replace_lane(dispatcher, ours)
     with pytest.raises(GroupLostError, match="no answer in time"):
         dispatcher.combine(dispatcher.dispatch(0, *call(1)))
     theirs.close()

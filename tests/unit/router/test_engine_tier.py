@@ -160,6 +160,44 @@ def test_decoding_goes_on_while_another_sequence_is_restored() -> None:
     assert_consistent(other)
 
 
+@pytest.mark.parametrize(("budget", "stride"), [(300, 1), (40, 11)])
+def test_a_turn_goes_on_elsewhere_at_every_token(budget: int, stride: int) -> None:
+    """What a router's death asks for: the other one gets the tokens drawn so far as forced ones and
+    whatever the tier holds, and its tokens are those of the undisturbed run."""
+    options: dict[str, Any] = {
+        "max_tokens": 60,
+        "min_tokens": 45,
+        "stop_token_ids": (9, 11),
+        "temperature": 0.9,
+        "seed": 11,
+        "repetition_penalty": 1.3,
+        "frequency_penalty": 0.4,
+        "presence_penalty": 0.2,
+        "session": SessionHint(snapshot_positions=(240,)),
+    }
+    prompt = tokens_of(4, 240)
+    whole = request_of("whole", prompt, **options)
+    expected = expected_of(whole, 0, LENGTH)
+    assert len(expected.tokens) >= 45
+    for cut in range(0, len(expected.tokens), stride):
+        tier, seen = MemoryTier(), Outputs()
+        first = engine_of(tier, max_num_batched_tokens=budget)
+        first.submit(whole, seen)
+        while len(seen.tokens["whole", 0]) < cut:
+            first.step()
+            tier.pump()
+        # Here the first router is gone.
+        forced = tuple(seen.tokens["whole", 0])
+        assert len(forced) == cut
+        other, rest = engine_of(tier, max_num_batched_tokens=budget), Outputs()
+        other.submit(request_of("rest", prompt, forced_ids=forced, **options), rest)
+        run_with(tier, other)
+        assert rest.tokens["rest", 0] == expected.tokens[cut:], f"cut at {cut}"
+        assert rest.last["rest", 0].finish_reason is expected.reason
+        assert rest.cached["rest", 0] >= (240 if cut > 2 else 0)
+        assert_consistent(other)
+
+
 # Ends at every moment.
 
 

@@ -119,8 +119,8 @@ def test_a_role_has_its_settings(
 def test_it_dies_with_a_parent_that_is_killed(number: int, server_program: Path) -> None:
     process, server, guard, folder = parent(Role.META, server_program)
     assert not is_gone(server)
-    process.send_signal(number)
-    process.wait(30)
+    with process:
+        process.send_signal(number)
     eventually(lambda: is_gone(server) and is_gone(guard) and not folder.exists(), 20)
 
 
@@ -134,8 +134,8 @@ def test_it_dies_with_a_parent_that_ends(end: str, server_program: Path) -> None
 def test_a_frozen_server_dies_too(server_program: Path) -> None:
     process, server, _, folder = parent(Role.META, server_program)
     os.kill(server, signal.SIGSTOP)
-    process.kill()
-    process.wait(30)
+    with process:
+        process.kill()
     eventually(lambda: is_gone(server) and not folder.exists(), 20)
 
 
