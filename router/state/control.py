@@ -137,17 +137,15 @@ class ControlClient:
         replicas = self._settings.wait_replicas if durable else 0
 
         async def run(client: redis.asyncio.Redis) -> list[Any]:
+            if not replicas:
+                return await _evaluate(client, script, words)
             async with client.client() as one:  # WAIT is about the writes of its own connection
-                try:
-                    reply = await one.execute_command("EVALSHA", script.sha, *words)
-                except exceptions.NoScriptError:
-                    reply = await one.execute_command("EVAL", script.source, *words)
-                if replicas:
-                    timeout_ms = round(1000 * self._settings.wait_s)
-                    have = int(await one.execute_command("WAIT", replicas, timeout_ms))
-                    if have < replicas:
-                        raise _UnsafeError(f"{have} of {replicas} replicas have the write")
-                return list(reply)
+                reply = await _evaluate(one, script, words)
+                timeout_ms = round(1000 * self._settings.wait_s)
+                have = int(await one.execute_command("WAIT", replicas, timeout_ms))
+                if have < replicas:
+                    raise _UnsafeError(f"{have} of {replicas} replicas have the write")
+                return reply
 
         return await self._call(run)
 
@@ -195,6 +193,16 @@ class ControlClient:
         return StateUnavailableError(
             f"{self.endpoint}: {detail}", max(1.0, self.breaker.retry_after_s)
         )
+
+
+async def _evaluate(
+    client: redis.asyncio.Redis, script: Script, words: Sequence[Argument]
+) -> list[Any]:
+    """Run a script by its digest, or by its source where the server does not know it."""
+    try:
+        return list(await client.execute_command("EVALSHA", script.sha, *words))
+    except exceptions.NoScriptError:
+        return list(await client.execute_command("EVAL", script.source, *words))
 
 
 class _UnsafeError(exceptions.ResponseError):

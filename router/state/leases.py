@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from protos.errors import SessionBusyError, SessionFencedError
 from router.state import scripts
 from router.state.control import Argument, ControlClient
-from router.state.redis_keys import SessionKeys, check_id, session_keys
+from router.state.redis_keys import DEAD_PREFIX, SessionKeys, check_id, session_keys
 from router.state.scripts import Script
 from router.state.session_codec import check_reply, ids_from_bytes, ids_to_bytes
 from router.state.session_records import Lease, OpenTurn, TokenIds, TurnRecord, holder_of
@@ -280,7 +280,7 @@ class LeaseStore:
         lost = b""
         while True:
             sent_at = self._clock()
-            arguments: list[Argument] = [token, self._lease_ms, lost, b"qs1:dead:"]
+            arguments: list[Argument] = [token, self._lease_ms, lost, DEAD_PREFIX]
             reply = await self._client.script(scripts.ACQUIRE, keys, arguments, durable=True)
             if reply[0] != b"BUSY" or not self._is_lost(reply[1]) or reply[1] == lost:
                 return sent_at, reply

@@ -29,6 +29,8 @@ from typing import NamedTuple
 from protos.errors import InvalidFieldError
 
 ENGINES = b"qs1:e"
+DEAD_PREFIX = b"qs1:dead:"
+"""Scripts put the process of a lease behind it."""
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _RULE = "must be 1 to 128 of A-Z a-z 0-9 . _ : -"
 
@@ -75,8 +77,8 @@ def engine_key(engine: str) -> bytes:
 
 
 def dead_key(engine: str, boot: str) -> bytes:
-    """Return the key that says that a process is dead; scripts build it from a lease too."""
-    return b"qs1:dead:%b#%b" % (engine.encode(), boot.encode())
+    """Return the key that says that a process is dead."""
+    return DEAD_PREFIX + b"%b#%b" % (engine.encode(), boot.encode())
 
 
 def block_key(namespace: str, position_hash: bytes) -> bytes:

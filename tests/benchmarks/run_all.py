@@ -48,6 +48,7 @@ COMMANDS = {
     "start": Command(quick=("--repeats", "1")),
     "gateway": Command(quick=("--repeats", "2", "--requests", "10", "--new", "16")),
     "shared_prefix": Command(quick=("--sessions", "4")),
+    "state_commit": Command(quick=("--repeats", "1", "--turns", "40"), takes_checkpoint=False),
     "cancel_leak": Command(quick=("--requests", "100")),
     "restore_frac": Command(
         quick=("--tokens", "2048", "--cycles", "2"),

@@ -164,6 +164,48 @@ async def test_a_commit_to_a_thawed_server_counts_once(start_server: StartServer
         assert len(await store.turns("t", "s")) == 1
 
 
+async def test_a_server_too_slow_to_write_is_still_read(start_server: StartServer) -> None:
+    """CLIENT PAUSE WRITE holds writes back and answers reads, as a disk that does not sync does."""
+    server = start_server()
+    async with Watched(server.endpoint, HASTY) as watched, redis_of(server) as redis:
+        store = watched.store
+        await store.create("t", "s", ttl_s=60)
+        lease = await store.acquire("t", "s")
+        await store.open_turn(lease, opening("q1", [1]))
+        await redis.execute_command("CLIENT", "PAUSE", 600_000, "WRITE")
+        assert (await store.get("t", "s")).num_tokens == 0
+        assert watched.attempts > 0
+        with pytest.raises(StateUnavailableError, match="Timeout"):
+            await commit(store, lease, [2])
+        assert watched.attempts == TRIES
+        assert watched.breaker.state is BreakerState.OPEN
+        await redis.execute_command("CLIENT", "UNPAUSE")
+        watched.clock.now_s += 1.0
+        await commit(store, lease, [2])
+        assert (await store.history("t", "s")).tolist() == [1, 2]
+
+
+async def test_a_cancelled_call_leaves_no_answer_behind(start_server: StartServer) -> None:
+    """The answer to a cancelled call must not be read as that of the next one."""
+    server = start_server()
+    async with Watched(server.endpoint) as watched:
+        store = watched.store
+        for session_id in ("a", "b"):
+            await store.create("t", session_id, ttl_s=60, metadata={"name": session_id})
+        os.kill(server.pid, signal.SIGSTOP)
+        calls = [asyncio.create_task(store.get("t", "a")) for _ in range(4)]
+        await asyncio.sleep(0)
+        done, _ = await asyncio.wait(calls, timeout=0.05)
+        assert not done
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+        os.kill(server.pid, signal.SIGCONT)
+        found = await asyncio.gather(*(store.get("t", "b") for _ in range(8)))
+        assert [record.metadata for record in found] == [{"name": "b"}] * 8
+        assert all(call.cancelled() for call in calls)
+
+
 # Full, replica, out of scripts
 
 
