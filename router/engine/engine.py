@@ -41,6 +41,7 @@ from router.engine.cold_store import ColdTier
 from router.engine.config import EngineConfig, EngineStats, ReuseStats
 from router.engine.inbox import Inbox
 from router.engine.model import Model
+from router.engine.outbox import Deliver, Outbox
 from router.engine.request import EngineRequest, FinishReason, Sink, StepOutput
 from router.engine.restore import reuse_of
 from router.engine.sampler import sample
@@ -51,8 +52,6 @@ from router.engine.state_pool import StatePool
 from router.engine.tier import Tier
 
 logger = logging.getLogger(__name__)
-
-Deliver = Callable[[list[tuple[Sink, StepOutput]]], None]
 
 
 class Engine:
@@ -83,7 +82,6 @@ class Engine:
         self.config = config
         self._model = model
         self._clock = clock
-        self._deliver = deliver
         self._caches = model.allocate_caches(
             config.num_blocks, config.block_size, config.num_state_slots
         )
@@ -114,10 +112,8 @@ class Engine:
             else lambda s: restorer.load(s, self._scheduler.end_restore),
             spill=self._spill,
         )
-        self._outputs: list[tuple[Sink, StepOutput]] = []
+        self._outbox = Outbox(deliver, self.cancel)
         self._next_deadline = float("inf")
-        self._last_finish_s: float | None = None
-        self._finish_interval_s = 1.0
         self._prompt_tokens = self._generation_tokens = self._steps = 0
         self._step_s = 0.0
         self._thread: threading.Thread | None = None
@@ -171,7 +167,7 @@ class Engine:
             ahead = self._scheduler.num_waiting + num_submitted
             places = max(0, config.max_num_seqs - self._scheduler.num_running)
             if ahead + len(sequences) > config.max_queued + places:
-                raise QueueFullError(ahead, config.max_queued, self._finish_interval_s)
+                raise QueueFullError(ahead, config.max_queued, self._outbox.finish_interval_s)
             return ahead
 
         return self._inbox.submit(sequences, count_ahead)
@@ -298,8 +294,7 @@ class Engine:
             self._steps += 1
             seconds = self._clock() - begin
             self._step_s += seconds
-        if self._outputs:
-            self._hand_out()
+        self._outbox.hand_out()
         if chunks:
             self._scheduler.keep_prefilled(chunks)
             if self._restorer is not None and not is_alone:
@@ -415,7 +410,7 @@ class Engine:
             self._count_prompt(sequence, before)
             output = self._output(sequence)
             output.prefill = progress
-            self._outputs.append((sequence.sink, output))
+            self._outbox.add(sequence.sink, output)
 
     def _count_prompt(self, sequence: Sequence, before: int) -> None:
         """Count prompt tokens computed since the last report."""
@@ -431,7 +426,7 @@ class Engine:
             scheduler.rows.advance(samples.token_ids)
         failed = samples.failed_rows
         logprobs = samples.logprobs
-        outputs = self._outputs
+        add = self._outbox.add
         for row, (sequence, token_id) in enumerate(
             zip(sampled, samples.token_ids.tolist(), strict=True)
         ):
@@ -467,7 +462,7 @@ class Engine:
                     output.stop_token_id = token_id
                 self._finish(sequence, output, reason, now)
                 continue
-            outputs.append((sequence.sink, output))
+            add(sequence.sink, output)
             if not is_decoding:
                 scheduler.end_prefill(sequence)
 
@@ -491,25 +486,8 @@ class Engine:
         self._scheduler.finish(sequence)
         output.finish_reason = reason
         output.timings = sequence.timings(now)
-        self._outputs.append((sequence.sink, output))
-        if self._last_finish_s is not None:
-            # A running mean: a place in the queue is likely free after about this long.
-            interval_s = 0.8 * self._finish_interval_s + 0.2 * (now - self._last_finish_s)
-            self._finish_interval_s = min(max(interval_s, 0.1), 30.0)
-        self._last_finish_s = now
+        self._outbox.add_last(sequence.sink, output, now)
         self._inbox.remove(sequence)
-
-    def _hand_out(self) -> None:
-        outputs, self._outputs = self._outputs, []
-        if self._deliver is not None:
-            self._deliver(outputs)
-            return
-        for sink, output in outputs:
-            try:
-                sink(output)
-            except Exception:  # the sink is the caller's code: only its own request ends
-                logger.exception("sink.failed id=%s", output.request_id)
-                self.cancel(output.request_id, "its sink failed")
 
     def _abandon(self, error: ExpertMeshError) -> None:
         """End everything that is live, and take nothing more."""
@@ -518,4 +496,4 @@ class Engine:
         self._take_calls(now)
         for sequence in self._inbox.live_sequences():
             self._fail(sequence, error, now)
-        self._hand_out()
+        self._outbox.hand_out()
