@@ -121,6 +121,7 @@ def start_engine(
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            prefix_caching=False,  # a repetition is to compute what the first one did
         ),
     )
     engine.start()

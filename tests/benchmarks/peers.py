@@ -37,7 +37,8 @@ from tests.benchmarks.harness import (
 
 def measure_ours(arguments: argparse.Namespace, figures: dict[str, Samples]) -> None:
     """One round of `expertmesh serve`: every figure once per repetition."""
-    extra = [*arguments.serve_argument]
+    # The same prompts again and again: what is measured is computing them.
+    extra = ["--no-enable-prefix-caching", *arguments.serve_argument]
     vocab_size = json.loads((arguments.checkpoint / "config.json").read_text())
     vocab_size = vocab_size.get("text_config", vocab_size)["vocab_size"]
     with served(arguments.checkpoint, "--expert-groups", str(arguments.groups), *extra) as cluster:
