@@ -19,10 +19,16 @@ from typing import Any
 
 import grpc
 
-from protos.errors import SessionNotFoundError, StateUnavailableError, from_rpc_error
+from protos.errors import (
+    ClientStalledError,
+    SessionNotFoundError,
+    StateUnavailableError,
+    from_rpc_error,
+)
 from protos.ids import new_request_id
 from protos.tls import API_KEY_HEADER, Access
 from protos.v1 import generation_pb2, generation_pb2_grpc
+from router.gateway.live import STALL_TIMEOUT_S
 from router.gateway.request_reader import in_thread_if_large
 from router.gateway.routing import Choice, RouterView, aligned_hashes, choose
 from router.state.session_records import SessionRecord
@@ -231,7 +237,7 @@ class Forwarder:
                     self.stats.forwarded += 1
                     self.stats.warm_tokens += choice.warm_tokens
                     logger.info("request.forwarded id=%s to=%s", request.request_id, choice.reason)
-                await context.write(message)
+                await _write(context, message)
                 message = await call.read()
             return True
         except TimeoutError:
@@ -255,6 +261,19 @@ class Forwarder:
         if address not in self._channels:
             self._channels[address] = self._access.aio_channel(address, _CHANNEL_OPTIONS)
         return self._channels[address]
+
+
+async def _write(context: Context, message: generation_pb2.GenerateResponse) -> None:
+    """Send a message to a client that still reads.
+
+    Raises:
+        ClientStalledError: It does not.
+    """
+    try:
+        async with asyncio.timeout(STALL_TIMEOUT_S):
+            await context.write(message)
+    except TimeoutError:
+        raise ClientStalledError(STALL_TIMEOUT_S) from None
 
 
 _CHANNEL_OPTIONS = [

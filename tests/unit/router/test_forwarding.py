@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from protos.errors import (
+    ClientStalledError,
     ExpertMeshError,
     InvalidFieldError,
     QueueFullError,
@@ -20,7 +21,7 @@ from protos.errors import (
 )
 from protos.tls import Access
 from protos.v1 import generation_pb2, generation_pb2_grpc
-from router.gateway import forwarding
+from router.gateway import forwarding, interceptor
 from router.gateway.forwarding import SHUN_S, Forwarder
 from router.gateway.interceptor import ErrorInterceptor
 from router.gateway.routing import WARM_BYTES, Load, RouterView, aligned_hashes
@@ -283,6 +284,31 @@ async def test_a_client_that_leaves_ends_the_far_stream(pair: Pair) -> None:
         await pair.far.ended.wait()
     with pytest.raises(asyncio.CancelledError):
         await reading
+
+
+async def read_all(call: grpc.aio.UnaryStreamCall) -> None:  # type: ignore[type-arg]
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def test_a_client_that_reads_nothing_any_more_ends_the_relay(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarding, "STALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(interceptor, "ABORT_TIMEOUT_S", 0.3)
+    pair.far.name = "x" * 3_000_000
+    small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65535)]
+    address = pair.forwarder._own().address
+    async with grpc.aio.insecure_channel(address, options=small_window) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        call = stub.Generate(generation_pb2.GenerateRequest(), timeout=60)
+        await call.read()
+        async with asyncio.timeout(20):
+            while pair.forwarder._live:
+                await asyncio.sleep(0.01)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_all(call)
+    assert isinstance(from_rpc_error(caught.value), ClientStalledError)
 
 
 async def test_what_was_sent_counts_until_the_next_heartbeat(pair: Pair) -> None:
