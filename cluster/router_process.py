@@ -65,6 +65,7 @@ from router.model.config import ModelConfig
 from router.model.decoder import Decoder
 from router.model.memory import estimate_memory
 from router.model.ops import Ops, choose_ops
+from router.model.warm_up import WARM_UP_TOKENS, warm_up
 from router.model.weights import TrunkWeights, load_trunk
 from router.state.restore import ValueSizes
 
@@ -180,6 +181,7 @@ class RouterProcess:
             ),
             delivery,
         )
+        warm_up(decoder, min(WARM_UP_TOKENS, engine.config.max_num_batched_tokens))
         engine.start()
         port = self._gateway.start().rpartition(":")[2]
         self._address = f"{start.advertised_host}:{port}"

@@ -125,10 +125,6 @@ class Express:
         """Wait for the forward under way and hold off the next."""
         self._native.express_lock(self._address)
 
-    def try_lock(self) -> bool:
-        """Lock if nobody computes; whether it is locked now."""
-        return bool(self._native.express_try_lock(self._address))
-
     def unlock(self) -> None:
         """Let forwards go on."""
         self._native.express_unlock(self._address)
@@ -187,17 +183,6 @@ class ComputeLock:
     def share_with(self, express: Express | None) -> None:
         """Also lock this express from now on; called with the lock held."""
         self._express = express
-
-    @property
-    def is_free(self) -> bool:
-        """Whether nobody computes at this moment."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        express, is_free = self._express, True
-        if express is not None and (is_free := express.try_lock()):
-            express.unlock()
-        self._lock.release()
-        return is_free
 
     def __enter__(self) -> None:
         self._lock.acquire()

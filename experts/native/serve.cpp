@@ -199,8 +199,6 @@ void em_express_free(void* express) { delete static_cast<Express*>(express); }
 
 void em_express_lock(void* express) { static_cast<Express*>(express)->mutex.lock(); }
 
-int em_express_try_lock(void* express) { return static_cast<Express*>(express)->mutex.try_lock(); }
-
 void em_express_unlock(void* express) { static_cast<Express*>(express)->mutex.unlock(); }
 
 // The next three: under the lock.

@@ -75,7 +75,6 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "em_express_new": (_PTR, [_LONG] * 4 + [_INT]),
     "em_express_free": (None, [_PTR]),
     "em_express_lock": (None, [_PTR]),
-    "em_express_try_lock": (_INT, [_PTR]),
     "em_express_unlock": (None, [_PTR]),
     "em_express_set_layer": (None, [_PTR, _LONG, _PTR, _LONG, _PTR, _PTR]),
     "em_express_set_epoch": (None, [_PTR, c_uint64]),

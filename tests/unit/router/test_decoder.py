@@ -15,6 +15,7 @@ from router.model.decoder import Decoder
 from router.model.moe import HostExperts
 from router.model.ops import GdnState
 from router.model.torch_ops import TorchKv, TorchOps
+from router.model.warm_up import warm_up
 from tests.parity.checkpoints import make_checkpoint
 from tests.parity.oracle import LoopExperts, make_decoder
 
@@ -137,3 +138,16 @@ def test_rows_of_an_accelerator_go_through_host_memory(path: Path) -> None:
     rows, ids, weights = torch.randn(3, 64), torch.tensor([[0, 3]] * 3).int(), torch.rand(3, 2)
     found = outer.combine(outer.dispatch(1, rows, ids, weights))
     assert torch.equal(found, inner.combine(inner.dispatch(1, rows, ids, weights)))
+
+
+def test_a_warm_up_meets_every_layer_and_leaves_nothing(path: Path) -> None:
+    decoder = make_decoder(path, OPS)
+    experts: Any = decoder._experts
+    warm_up(decoder, 40)
+    assert experts.calls == 2 * decoder.config.num_layers
+    caches = decoder.allocate_caches(2, 16, 1)
+    expected = make_decoder(path, OPS)
+    assert torch.equal(
+        decoder.forward(one_chunk(20), caches),
+        expected.forward(one_chunk(20), expected.allocate_caches(2, 16, 1)),
+    )
