@@ -48,12 +48,9 @@ COMMANDS = {
     "start": Command(quick=("--repeats", "1")),
     "gateway": Command(quick=("--repeats", "2", "--requests", "10", "--new", "16")),
     "shared_prefix": Command(quick=("--sessions", "4")),
-<<<<<<< Updated upstream
     "state_commit": Command(quick=("--repeats", "1", "--turns", "40"), takes_checkpoint=False),
-=======
     "long_context": Command(quick=("--tokens", "8192", "--repeats", "1"), takes_checkpoint=False),
     "million_tokens": Command(quick=("--tokens", "65536"), takes_checkpoint=False),
->>>>>>> Stashed changes
     "cancel_leak": Command(quick=("--requests", "100")),
     "restore_frac": Command(
         quick=("--tokens", "2048", "--cycles", "2"),
