@@ -1,12 +1,15 @@
-"""`make demo`: the real service on the demo checkpoint, a conversation, four streams, the figures.
+"""`make demo`: the real service on the demo checkpoint: a conversation, streams, figures, a death.
 
-Starts `expertmesh serve` as a user would (two expert groups, one router), talks to it through
-`protos.client`, and ends it. Works with and without a terminal; takes under two minutes on two
-cores. `infra/demo_model` says how the checkpoint was trained, and on what.
+Starts `expertmesh serve` as a user would (two expert groups, two routers, an embedded Valkey),
+talks to it through `protos.client`, kills a router in the middle of an answer, which the other one
+finishes, and ends it. Works with and without a terminal; takes under two minutes on two cores.
+`infra/demo_model` says how the checkpoint was trained, and on what.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -30,7 +33,7 @@ from cluster.console import (
 )
 from cluster.status import ask_status, dispatch_share
 from cluster.talk import Answer, stream_answer
-from protos.client import Client, GenerateOptions
+from protos.client import Client, GenerateOptions, Prompt, build_request
 from protos.errors import ExpertMeshError
 from protos.events import Completion
 from protos.v1 import cluster_pb2
@@ -48,6 +51,9 @@ STREAMS = (
     "Combien font 17 + 10 ?",
     'How do you say "sun" in German?',
 )
+DEATH_QUESTION = "Please tell me a short story about the owl and the lamp."
+KILL_AT_TOKEN = 4
+"""Early: some tokens more are on their way to us when the router dies."""
 GREEDY = GenerateOptions(temperature=0.0, max_tokens=160)
 READY_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 30.0
@@ -79,11 +85,13 @@ def main(
     """Serve the demo checkpoint and show what it does."""
     console = out_console()
     begin = time.perf_counter()
-    console.print(f"expertmesh serve {checkpoint.name} --expert-groups {groups}", style="bold")
+    command = f"expertmesh serve {checkpoint.name} --expert-groups {groups} --routers 2"
+    console.print(command, style="bold")
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "cluster.cli", "serve", str(checkpoint)),
-            *("--expert-groups", groups, "--port", "0", "--max-num-seqs", "8"),
+            *("--expert-groups", groups, "--routers", "2"),
+            *("--port", "0", "--max-num-seqs", "8"),
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -96,9 +104,11 @@ def main(
         with errors_exit(), Client(address) as client:
             turns = hold_conversation(client, console)
             streams = run_streams(client, console)
-            print_figures(turns, streams, ask_status(address), console)
+            status = ask_status(address)
+            print_figures(turns, streams, status, console)
             if any(stream.error for stream in streams):
                 raise next(stream.error for stream in streams if stream.error)
+            kill_a_router(status, console)
     finally:
         stop(process)
     console.print(f"stopped cleanly; {time.perf_counter() - begin:.1f} s in all", style="dim")
@@ -171,6 +181,44 @@ def run_streams(client: Client, console: Console) -> list[Stream]:
             console.print(f"you   {stream.question}\nmodel {stream.text}", markup=False)
     console.print()
     return streams
+
+
+def kill_a_router(status: cluster_pb2.ClusterStatus, console: Console) -> None:
+    """Ask in a session, kill the router that answers, and let the other one finish."""
+    console.print("a router dies in the middle of an answer", style="bold")
+    routers = {router.grpc_address: router for router in status.routers}
+    prompt: Prompt = [{"role": "user", "content": DEATH_QUESTION}]
+    with Client(list(routers)) as client:
+        for session in ("calm", "shaken"):
+            client.create_session(session)
+        calm: GenerateOptions = {**GREEDY, "session": "calm"}
+        expected = client.complete(prompt, **calm)
+        console.print(f"you   {DEATH_QUESTION}", style="cyan", markup=False)
+        console.print("model ", style="green", end="")
+        tokens: list[int] = []
+        killed: cluster_pb2.RouterStatus | None = None
+        killed_at = pause_s = 0.0
+        for message in client.messages(*build_request(prompt, {**GREEDY, "session": "shaken"})):
+            if killed is not None:
+                pause_s = max(pause_s, time.perf_counter() - killed_at)
+                killed_at = time.perf_counter()
+            if message.HasField("accepted"):
+                serving = routers[message.accepted.router_address]
+            console.out(message.text_delta, end="", highlight=False)
+            console.file.flush()
+            tokens += message.token_ids
+            if killed is None and len(tokens) == KILL_AT_TOKEN:
+                killed, killed_at = serving, time.perf_counter()
+                os.kill(killed.pid, signal.SIGKILL)
+                mark = f" (kill -9 {killed.pid}: {killed.router_id}) "
+                console.print(mark, style="red", end="", markup=False)
+        console.print()
+    is_same = tokens == expected.token_ids
+    console.print(
+        f"the other router went on after {pause_s:.2f} s;"
+        f" {len(tokens)} tokens, {'the same as' if is_same else 'NOT those'} without the kill\n",
+        style="" if is_same else "bold red",
+    )
 
 
 def print_figures(
