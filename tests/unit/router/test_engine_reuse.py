@@ -167,7 +167,7 @@ def test_namespaces_share_nothing() -> None:
 @pytest.mark.parametrize("n", [2, 5])
 def test_the_sequences_of_a_request_share_its_prompt(n: int) -> None:
     model = ReusingHashModel(VOCAB)
-    engine = Engine(model, reusing())
+    engine = Engine(model, reusing(max_num_batched_tokens=4000))
     request = request_of("a", tokens_of(1, 300), n=n, max_tokens=20, temperature=1.0)
     outputs = one(engine, request)
     assert [cached(outputs, "a", i) for i in range(n)] == [0] + [299] * (n - 1)
@@ -178,8 +178,9 @@ def test_the_sequences_of_a_request_share_its_prompt(n: int) -> None:
 
 
 def test_requests_that_come_at_once_share_a_junction() -> None:
-    """Four prompts with 256 common tokens: the first prefills them, the others wait for it."""
-    engine = Engine(ReusingHashModel(VOCAB), reusing())
+    """Four prompts with 256 common tokens: the first prefills them, the others wait for it, though
+    there is room for all in one step."""
+    engine = Engine(ReusingHashModel(VOCAB), reusing(max_num_batched_tokens=4000))
     outputs = Outputs()
     requests = [
         request_of(str(i), tokens_of(1, 256) + tokens_of(10 + i, 60), junctions=(256,))
