@@ -63,6 +63,9 @@ ExpertThreads = Annotated[
 Routers = Annotated[int | None, _setting("router.count", "--routers", panel="Router")]
 Host = Annotated[str | None, _setting("router.host", "--host", panel="Router")]
 Port = Annotated[int | None, _setting("router.port", "--port", panel="Router")]
+MetricsPort = Annotated[
+    int | None, _setting("router.metrics_port", "--metrics-port", panel="Router")
+]
 TrunkOps = Annotated[
     Literal["auto", "native", "torch"] | None,
     _setting("router.trunk_ops", "--trunk-ops", panel="Router"),
@@ -163,6 +166,7 @@ def serve(
     expert_transport: Transport = None,
     expert_compute: Compute = None,
     expert_threads: ExpertThreads = None,
+    metrics_port: MetricsPort = None,
     trunk_ops: TrunkOps = None,
     router_threads: RouterThreads = None,
     ssl_keyfile: SslKeyfile = None,
@@ -206,6 +210,7 @@ def serve(
                 "router.count": routers,
                 "router.host": host,
                 "router.port": port,
+                "router.metrics_port": metrics_port,
                 "router.trunk_ops": trunk_ops,
                 "router.threads": router_threads,
                 "router.ssl_keyfile": ssl_keyfile,

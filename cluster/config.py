@@ -67,6 +67,8 @@ class RouterSection:
     """Address to bind; 0.0.0.0 opens the port to the network."""
     port: int = number(50051, minimum=0, maximum=65535)
     """gRPC port of the first router; 0 picks a free one."""
+    metrics_port: int | None = number(None, minimum=0, maximum=65535)
+    """Port of Prometheus metrics of the first router (the next one's is 1 higher); unset: none."""
     trunk_ops: Literal["auto", "native", "torch"] = "auto"
     """Kernels of the trunk; auto takes native where this CPU has them."""
     threads: int | None = number(None, minimum=1)

@@ -31,7 +31,7 @@ from cluster.members import (
     new_service_id,
     threads_per_group,
 )
-from cluster.preflight import Examination, Facts, quick_checks, router_port
+from cluster.preflight import Examination, Facts, metrics_port, quick_checks, router_port
 from cluster.preflight_state import check_state_servers
 from cluster.ray_api import GROUP_RESOURCE, Actor, Guard, PrivateRay, RayCluster
 from cluster.routers import Router, Routers
@@ -257,6 +257,7 @@ class Service:
             groups=tuple(self._members),
             num_routers_here=sum(r.facts.node_id == router.facts.node_id for r in here if r.facts),
             num_kv_blocks=router.ready.num_kv_blocks if router.ready else None,
+            metrics_port=metrics_port(self.config, router.index),
             service_id=self._service_id,
             state=self._state.servers if self._state else None,
         )

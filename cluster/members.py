@@ -60,6 +60,8 @@ class RouterStart:
     """Routers on this node; they share its memory."""
     num_kv_blocks: int | None
     """As many as the process before it had; None: as the memory allows."""
+    metrics_port: int | None
+    """None: no metrics; 0: a free port."""
     service_id: str
     """Drawn for each `serve`: tells its routers from others' on the same servers."""
     state: StateServers | None

@@ -95,6 +95,12 @@ def router_port(config: Config, index: int) -> int:
     return config.router.port + index if config.router.port else 0
 
 
+def metrics_port(config: Config, index: int) -> int | None:
+    """Return the metrics port of router `index`; None where there is none, 0 for a free one."""
+    first = config.router.metrics_port
+    return first + index if first else first
+
+
 def _check_port(host: str, port: int) -> None:
     if port > 65535:
         raise ConfigurationError(

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,14 @@ from cluster.config import Config, EngineSection
 from cluster.hf_overrides import parse_hf_overrides
 from cluster.kv_budget import GIB, plan_cold_bytes, plan_kv_blocks
 from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart, engine_id, new_boot
+from cluster.metrics import Figures, MetricsServer, metrics_text
 from cluster.probe import check_answers
 from cluster.router_state import RouterState, cache_namespace
 from cluster.router_status import cache_status, store_status
 from cluster.security import load_security
 from cluster.served_decoder import ServedDecoder
 from cluster.service import ClusterServicer
+from cluster.stopping import ends_within
 from experts.native.kernels import Kernels, load_kernels
 from experts.placement import Placement
 from experts.weights import SafetensorsCheckpoint
@@ -99,6 +101,7 @@ class RouterProcess:
         self._gateway: GatewayThread | None = None
         self._generation: GenerationServicer | None = None
         self._shared: RouterState | None = None
+        self._metrics: MetricsServer | None = None
         self._engine: Engine | None = None
 
     def facts(self, node_id: str, address: str) -> ProcessFacts:
@@ -187,6 +190,9 @@ class RouterProcess:
         self._address = f"{start.advertised_host}:{port}"
         if self._shared is not None:
             self._gateway.call(self._shared.start())
+        if start.metrics_port is not None:
+            self._metrics = MetricsServer(start.host, start.metrics_port, self._metrics_text)
+            log.info("metrics_ready router=%s port=%d", self.router_id, self._metrics.port)
         self._state = "READY"
         self._routers = {self.router_id: self._address}
         log.info("router_ready router=%s address=%s", self.router_id, self._address)
@@ -238,15 +244,17 @@ class RouterProcess:
         is left behind, and ends with the process.
         """
         self._state = "STOPPING"
+        if self._metrics is not None:
+            self._metrics.close()
         engine, gating = self._engine, self._gating
-        if engine is not None and _ends_within(STEP_END_S, partial(engine.stop, drain=False)):
+        if engine is not None and ends_within(STEP_END_S, partial(engine.stop, drain=False)):
             engine = None
         if self._gateway is not None:
             self._gateway.call(self._close_gateway(self._gateway.gateway))
             self._gateway.stop()
-        if self._shared is not None and not _ends_within(STEP_END_S, self._shared.tier.close):
+        if self._shared is not None and not ends_within(STEP_END_S, self._shared.tier.close):
             log.warning("router_left_waiting router=%s reason=%r", self.router_id, "a silent store")
-        if gating is not None and _ends_within(STEP_END_S, gating.close):
+        if gating is not None and ends_within(STEP_END_S, gating.close):
             gating = None
         if engine is None and gating is None:
             for dispatcher in (self._dispatcher, self._gating_dispatcher):
@@ -444,6 +452,21 @@ class RouterProcess:
             access=replace(self._security.to_routers, api_key=None),
         )
 
+    def _metrics_text(self) -> str:
+        assert self._engine is not None  # the port opens after the engine exists
+        figures = Figures(
+            router_id=self.router_id, model=self._model_name, stats=self._engine.stats()
+        )
+        if (shared := self._shared) is not None:
+            figures = replace(
+                figures,
+                tier=shared.tier.stats(),
+                servers=shared.servers(),
+                forwards=shared.forwarder.stats,
+                sessions_held=shared.store.num_leases,
+            )
+        return metrics_text(figures)
+
     def _view(self) -> RouterView:
         """Return this router as the others are to see it."""
         assert self._engine is not None
@@ -466,14 +489,6 @@ class RouterProcess:
             for layer_id in layers
         }
         return Gate(weights, self._model.top_k)
-
-
-def _ends_within(timeout_s: float, end: Callable[[], None]) -> bool:
-    """Run `end` in a thread and wait for it so long; whether it ended."""
-    thread = threading.Thread(target=end, name="end", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    return not thread.is_alive()
 
 
 STREAM_END_S = 1.0

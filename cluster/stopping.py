@@ -7,7 +7,8 @@ answers with a SystemError. There a signal is held back until the call returns; 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -56,3 +57,11 @@ class StopSignals:
             self._is_pending = True
             return
         raise StopRequested
+
+
+def ends_within(timeout_s: float, end: Callable[[], None]) -> bool:
+    """Run `end` in a thread and wait for it so long; whether it ended."""
+    thread = threading.Thread(target=end, name="end", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return not thread.is_alive()
