@@ -59,7 +59,7 @@ from router.state.tier import BlobTier
 from tests.benchmarks.engines import load_decoder, local_dispatcher
 from tests.benchmarks.harness import OtherCores, Samples, report
 
-LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32704)
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32704)
 NEW_PROMPT = 16
 BLOCK = 32
 NAMESPACE = "resume-ttft"

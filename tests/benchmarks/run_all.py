@@ -52,6 +52,9 @@ COMMANDS = {
     "long_context": Command(quick=("--tokens", "8192", "--repeats", "1"), takes_checkpoint=False),
     "million_tokens": Command(quick=("--tokens", "65536"), takes_checkpoint=False),
     "cancel_leak": Command(quick=("--requests", "100")),
+    "kill_router": Command(quick=("--kills", "4", "--turns", "2")),
+    "write_through": Command(quick=("--repeats", "2", "--new", "160")),
+    "resume_ttft": Command(quick=("--repeats", "1", "--lengths", "256", "2048")),
     "restore_frac": Command(
         quick=("--tokens", "2048", "--cycles", "2"),
         takes_checkpoint=False,
