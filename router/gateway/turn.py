@@ -24,6 +24,7 @@ import numpy as np
 from protos.errors import (
     ExpertMeshError,
     InvalidFieldError,
+    SessionBusyError,
     SessionFencedError,
     SessionQuotaError,
     StateUnavailableError,
@@ -44,6 +45,10 @@ logger = logging.getLogger(__name__)
 COMMIT_WAIT_S = 2.0
 """How long the last message waits for a store that does not answer."""
 COMMIT_PAUSE_S = 0.2
+NEWS_WAIT_S = 1.0
+"""How long a resumed turn waits for the lease of the router that lost its stream: if that died, the
+report of it comes within a fraction of a second, as a rule behind the client."""
+NEWS_PAUSE_S = 0.05
 SETTLE_TIMEOUT_S = 5.0
 """How long a turn waits until this router has given back the lease of the turn before."""
 
@@ -108,7 +113,7 @@ class SessionTurns:
             await self._settle(request.session_id)
             if is_resumed and await self._replay(request, live):
                 return
-            lease = await self._acquire(request.session_id)
+            lease = await self._acquire(request.session_id, NEWS_WAIT_S if is_resumed else 0.0)
             turn: Turn | None = None
             try:
                 turn = await self._begin(request, request_id, lease)
@@ -130,7 +135,18 @@ class SessionTurns:
         if (task := self._closing.get(session_id)) is not None:
             await asyncio.wait([task], timeout=SETTLE_TIMEOUT_S)
 
-    async def _acquire(self, session_id: str) -> Lease:
+    async def _acquire(self, session_id: str, wait_s: float) -> Lease:
+        """Take the lease, held by another for `wait_s` at most."""
+        until = self._clock() + wait_s
+        while True:
+            try:
+                return await self._acquire_now(session_id)
+            except SessionBusyError:
+                if self._clock() + NEWS_PAUSE_S > until:
+                    raise
+            await asyncio.sleep(NEWS_PAUSE_S)
+
+    async def _acquire_now(self, session_id: str) -> Lease:
         """Take the lease; a client that is lost meanwhile does not leave it behind."""
         task = asyncio.ensure_future(self._store.acquire(self._tenant, session_id))
         try:
