@@ -32,6 +32,16 @@ logger = logging.getLogger(__name__)
 _LOAD_SLACK = 3.0
 """Times the predicted time, after which a load is given up. The tier stops hoping for more at half
 of it, and has the rest for the snapshot of what is there."""
+_MOST_SLACK = 20.0
+"""The same of a load that goes on as long as it brings values, because a prefill is dear."""
+_PREFILL_SHARE = 0.5
+"""Part of the predicted prefill that such a load may take."""
+
+
+def patience_s(load_s: float, prefill_s: float) -> float:
+    """Return how long a load may take, both predicted: the first loads of a process rest on what
+    was believed of the store, and a million tokens take minutes to prefill."""
+    return max(_LOAD_SLACK * load_s, min(_MOST_SLACK * load_s, _PREFILL_SHARE * prefill_s))
 
 
 class Restorer:
@@ -91,7 +101,7 @@ class Restorer:
             )
             if result.should_load:
                 use.load_to = min(result.num_tokens, limit)
-                use.load_timeout_s = _LOAD_SLACK * result.predicted_load_s
+                use.load_timeout_s = patience_s(result.predicted_load_s, result.predicted_prefill_s)
             done(sequence)
 
         self._tier.probe(query, lambda result: self._post(lambda: probed(result)))

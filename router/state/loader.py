@@ -47,7 +47,10 @@ class LoaderSettings:
     min_load_s: float = 0.25
     """No restore is cut before this."""
     lateness: float = 1.5
-    """A restore is cut when it takes this many times what was predicted."""
+    """A restore is cut when it takes this many times what was predicted, unless values still come:
+    then not before its job's deadline nears, or `stall_s` pass without one."""
+    stall_s: float = 0.25
+    """A late restore without a value for so long has stopped."""
 
 
 class _Load:
@@ -59,6 +62,7 @@ class _Load:
         done: Callable[[LoadResult], None],
         *,
         cut_s: float,
+        latest_cut_s: float,
         grace_s: float,
     ) -> None:
         self.plan = plan
@@ -73,9 +77,21 @@ class _Load:
         self.is_cut = False
         self.is_finished = False
         self.num_bytes = 0
+        self._seen_bytes = 0
+        self._latest_cut_s = latest_cut_s
         self.buffers: dict[int, bytearray] = {}
         """Position -> the snapshot stream that is being put together."""
         self.lock = threading.Lock()
+
+    def bear_with(self, now: float, stall_s: float) -> None:
+        """Move the bounds on while values come, as far as the job's deadline allows."""
+        if self.num_bytes == self._seen_bytes or self.is_cut:
+            return
+        self._seen_bytes = self.num_bytes
+        later_s = min(now + stall_s, self._latest_cut_s) - self.cut_s
+        if later_s > 0:
+            self.cut_s += later_s
+            self.end_s += later_s
 
     def end(self, reason: str) -> None:
         """Fetch nothing any more, and wait for nothing."""
@@ -164,7 +180,8 @@ class Loader:
             block_key=self._store.block_key,
             stripe_key=self._store.stripe_key,
         )
-        load = _Load(plan, done, cut_s=now + cut_s, grace_s=grace_s)
+        latest_s = max(cut_s, job.deadline_s - grace_s)
+        load = _Load(plan, done, cut_s=now + cut_s, latest_cut_s=now + latest_s, grace_s=grace_s)
         with self._condition:
             refusal = "closed" if self._is_closed else ""
             if len(self._loads) >= self._settings.max_loads:
@@ -207,6 +224,7 @@ class Loader:
     def _check_bounds(self, load: _Load) -> None:
         """Cut or end a restore that was cancelled or is late."""
         now = time.monotonic()
+        load.bear_with(now, self._settings.stall_s)
         if load.plan.job.cancelled.is_set():
             load.end("cancelled")
         elif now >= load.end_s:
