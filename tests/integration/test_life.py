@@ -23,7 +23,7 @@ from tests.integration.served import Served, run_cli
 
 pytestmark = pytest.mark.timeout(240)
 
-LONG = 3000
+LONG = 4000
 """Tokens of a stream that is still running when the signal comes."""
 
 
@@ -72,7 +72,8 @@ def test_sigterm_to_the_group_drains_and_leaves_nothing(checkpoint: Path, tmp: s
 
 
 def test_a_second_signal_ends_at_once(checkpoint: Path) -> None:
-    with Served(checkpoint) as service, Client(service.address) as client:
+    impatient = ClientConfig(max_attempts=1)
+    with Served(checkpoint) as service, Client(service.address, impatient) as client:
         failure: list[BaseException] = []
         first = threading.Event()
 
@@ -193,7 +194,7 @@ def test_a_broken_checkpoint_is_refused(
     [
         ("experts.groups", "9", "experts.groups must be at most 8 groups, the experts of a layer"),
         ("model.max_model_len", 5000, "model.max_model_len must be at most 4096"),
-        ("engine.kv_cache_gib", 0.001, "need 128 blocks (2.0 MiB) for 4096 tokens, have 65 blocks"),
+        ("engine.num_kv_blocks", 8, "need 128 blocks (2.0 MiB) for 4096 tokens, have 8 blocks"),
         ("engine.num_kv_blocks", 10**6, "not enough memory for the KV cache: need 15.3 GiB, have"),
     ],
 )
