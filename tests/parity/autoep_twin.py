@@ -23,12 +23,12 @@ def main(checkpoint: str, out: str) -> None:
     """Write the twin's answers to `out`."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
     import deepspeed.comm
-    import deepspeed.comm.torch
     from deepspeed.module_inject.auto_ep import AutoEP
     from deepspeed.module_inject.auto_ep_config import AutoEPConfig
     from transformers import AutoModelForCausalLM
 
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # Not `deepspeed.comm.torch`: that name is torch itself by now.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     torch.set_num_threads(1)
     store = Path(tempfile.mkdtemp(dir=Path(out).parent)) / "rendezvous"
     torch.distributed.init_process_group(
