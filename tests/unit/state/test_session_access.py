@@ -24,7 +24,7 @@ from tests.unit.state.turns import add_turn, commit, opening
 
 SECRET = "s3cret/@:#"
 RULES = "-@all +@read +@write +@scripting +@connection +@transaction +time +wait -@dangerous"
-"""All that sessions need, as README gives it; nothing that looks at or flushes the whole server."""
+"""All that sessions need, as SECURITY.md has it; nothing that looks at or flushes the server."""
 
 
 async def whole_life(endpoint: Endpoint) -> None:
