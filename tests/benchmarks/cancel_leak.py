@@ -8,6 +8,8 @@ Meaning: when the last one is gone, `ClusterService.GetStatus` must show no runn
     request, no used block, no used state slot; the groups no more streams or lanes than before, and
     no forward that comes after. Growth is the routers' PSS after each wave, against the first.
 
+    The prefix cache is off: it fills up to its budget, which is its purpose and would hide a leak.
+
 Ceiling: 0 of everything; memory as after the warm-up.
 
     python -m tests.benchmarks.cancel_leak CHECKPOINT
@@ -172,7 +174,7 @@ def main() -> None:
     arguments = parser.parse_args()
     options = [
         *("--expert-groups", str(arguments.groups), "--max-num-seqs", str(arguments.slots)),
-        *("--max-num-batched-tokens", str(arguments.chunk)),
+        *("--max-num-batched-tokens", str(arguments.chunk), "--no-enable-prefix-caching"),
     ]
     per_wave = arguments.requests // NUM_WAVES
     with served(arguments.checkpoint, *options, *arguments.serve_argument) as cluster:
