@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from cluster.router_status import Server
@@ -16,6 +16,7 @@ from protos.errors import ConfigurationError
 from router.engine.config import EngineStats
 from router.engine.tier import TierStats
 from router.gateway.forwarding import ForwardStats
+from router.state.cold import ColdStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BREAKERS = {"closed": 0, "half-open": 1, "open": 2}
@@ -29,6 +30,7 @@ class Figures:
     model: str
     stats: EngineStats
     tier: TierStats | None = None
+    cold: ColdStats = field(default_factory=ColdStats)
     servers: Sequence[Server] = ()
     forwards: ForwardStats | None = None
     sessions_held: int = 0
@@ -54,6 +56,11 @@ def metrics_text(figures: Figures) -> str:
         "prefix_cache_hits_total": found,
         "prefix_cache_lost_tokens_total": reuse.lost_tokens,
         "prefix_cache_snapshot_bytes": reuse.num_snapshot_bytes,
+        "kv_spilled_blocks_total": stats.spilled_blocks,
+        "kv_spilled_host_bytes": stats.num_cold_bytes,
+        "kv_spilled_sent_bytes_total": figures.cold.sent_bytes,
+        "kv_spilled_read_blocks_total": figures.cold.read_blocks,
+        "kv_spilled_read_bytes_total": figures.cold.read_bytes,
         "sessions_held": figures.sessions_held,
     }
     if figures.forwards is not None:

@@ -30,7 +30,7 @@ from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart,
 from cluster.metrics import Figures, MetricsServer, metrics_text
 from cluster.probe import check_answers
 from cluster.router_state import RouterState, cache_namespace
-from cluster.router_status import cache_status, store_status
+from cluster.router_status import cache_status, cold_status, store_status
 from cluster.security import load_security
 from cluster.served_decoder import ServedDecoder
 from cluster.service import ClusterServicer
@@ -69,6 +69,7 @@ from router.model.memory import estimate_memory
 from router.model.ops import Ops, choose_ops
 from router.model.warm_up import WARM_UP_TOKENS, warm_up
 from router.model.weights import TrunkWeights, load_trunk
+from router.state.cold import ColdStats
 from router.state.restore import ValueSizes
 
 log = logging.getLogger(__name__)
@@ -307,6 +308,7 @@ class RouterProcess:
                     max_snapshot_bytes=self._engine.config.max_snapshot_bytes,
                 )
             )
+        status.cold.CopyFrom(cold_status(stats, shared.cold.stats() if shared else ColdStats()))
         if shared is not None:
             status.sessions_held = shared.store.num_leases
             status.stores.extend(store_status(server) for server in shared.servers())
@@ -461,6 +463,7 @@ class RouterProcess:
             figures = replace(
                 figures,
                 tier=shared.tier.stats(),
+                cold=shared.cold.stats(),
                 servers=shared.servers(),
                 forwards=shared.forwarder.stats,
                 sessions_held=shared.store.num_leases,

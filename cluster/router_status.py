@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from protos.v1 import cluster_pb2
 from router.engine.config import EngineStats
 from router.engine.tier import TierStats
+from router.state.cold import ColdStats
 
 META, BLOB = "meta", "blob"
 
@@ -59,6 +60,17 @@ def cache_status(
         status.prefills_chosen = int(tier.counters.get("probes_decision_prefill", 0))
         status.loads_failed = tier.load_failures
     return status
+
+
+def cold_status(stats: EngineStats, cold: ColdStats) -> cluster_pb2.ColdStatus:
+    """Return what has left a router's pool, and where it went."""
+    return cluster_pb2.ColdStatus(
+        spilled_blocks=stats.spilled_blocks,
+        host_bytes=stats.num_cold_bytes,
+        sent_bytes=cold.sent_bytes,
+        read_blocks=cold.read_blocks,
+        read_bytes=cold.read_bytes,
+    )
 
 
 def store_status(server: Server) -> cluster_pb2.StoreStatus:

@@ -154,6 +154,7 @@ def print_cache(status: cluster_pb2.ClusterStatus, console: Console) -> None:
             )
     if caches.row_count:
         console.print(caches)
+    print_spilled(status, console)
     stores = table(
         "stores", "router", "role", "address", "breaker", ">failures", ">used", ">limit", "error"
     )
@@ -171,6 +172,25 @@ def print_cache(status: cluster_pb2.ClusterStatus, console: Console) -> None:
             )
     if stores.row_count:
         console.print(stores)
+
+
+def print_spilled(status: cluster_pb2.ClusterStatus, console: Console) -> None:
+    """Print what has left the routers' KV caches, where anything has."""
+    spilled = table(
+        "spilled", "router", ">blocks", ">host memory", ">sent", ">read back", ">read bytes"
+    )
+    for router in status.routers:
+        if (cold := router.cold).spilled_blocks:
+            spilled.add_row(
+                router.router_id,
+                str(cold.spilled_blocks),
+                format_bytes(cold.host_bytes),
+                format_bytes(cold.sent_bytes),
+                str(cold.read_blocks),
+                format_bytes(cold.read_bytes),
+            )
+    if spilled.row_count:
+        console.print(spilled)
 
 
 def _numbers(document: Any, message: Any) -> Any:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/v1/cluster.proto\x12\rexpertmesh.v1\"&\n\x10GetStatusRequest\x12\x12\n\nlocal_only\x18\x01 \x01(\x08\"(\n\x12WatchStatusRequest\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\"\x90\x02\n\x0bGroupStatus\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x0f\n\x07\x63ompute\x18\x05 \x01(\t\x12\x13\n\x0bnum_threads\x18\x06 \x01(\r\x12\x13\n\x0bnum_experts\x18\x07 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x11\n\tnum_calls\x18\t \x01(\x04\x12\x10\n\x08num_rows\x18\n \x01(\x04\x12\x11\n\tnum_pairs\x18\x0b \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x0c \x01(\x01\x12\x0f\n\x07node_id\x18\r \x01(\t\x12\x0b\n\x03pid\x18\x0e \x01(\r\"\xe8\x03\n\x0cRouterStatus\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x18\n\x10requests_running\x18\x04 \x01(\r\x12\x18\n\x10requests_waiting\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x06 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x07 \x01(\r\x12\x18\n\x10state_slots_used\x18\x08 \x01(\r\x12\x19\n\x11state_slots_total\x18\t \x01(\r\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x19\n\x11generation_tokens\x18\x0b \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12\r\n\x05steps\x18\r \x01(\x04\x12\x0e\n\x06step_s\x18\x0e \x01(\x01\x12\x12\n\ndispatch_s\x18\x0f \x01(\x01\x12\x0b\n\x03pid\x18\x10 \x01(\r\x12\x11\n\ttrunk_ops\x18\x11 \x01(\t\x12\x15\n\rsessions_held\x18\x12 \x01(\r\x12)\n\x05\x63\x61\x63he\x18\x13 \x01(\x0b\x32\x1a.expertmesh.v1.CacheStatus\x12*\n\x06stores\x18\x14 \x03(\x0b\x32\x1a.expertmesh.v1.StoreStatus\"\xe8\x02\n\x0b\x43\x61\x63heStatus\x12\x15\n\rlookup_tokens\x18\x01 \x01(\x04\x12\x12\n\nhit_tokens\x18\x02 \x01(\x04\x12\x17\n\x0frestored_tokens\x18\x03 \x01(\x04\x12\x19\n\x11lost_reuse_tokens\x18\x04 \x01(\x04\x12\x11\n\thit_ratio\x18\x05 \x01(\x01\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\x16\n\x0esnapshot_bytes\x18\x07 \x01(\x04\x12\x1c\n\x14snapshot_limit_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cloaded_bytes\x18\t \x01(\x04\x12\x14\n\x0cstored_bytes\x18\n \x01(\x04\x12\x15\n\rdropped_bytes\x18\x0b \x01(\x04\x12\x14\n\x0cqueued_bytes\x18\x0c \x01(\x04\x12\x14\n\x0cloads_chosen\x18\r \x01(\x04\x12\x17\n\x0fprefills_chosen\x18\x0e \x01(\x04\x12\x14\n\x0cloads_failed\x18\x0f \x01(\x04\"\x8c\x01\n\x0bStoreStatus\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07\x62reaker\x18\x03 \x01(\t\x12\x10\n\x08\x66\x61ilures\x18\x04 \x01(\x04\x12\x12\n\nused_bytes\x18\x05 \x01(\x04\x12\x13\n\x0blimit_bytes\x18\x06 \x01(\x04\x12\x12\n\nlast_error\x18\x07 \x01(\t\"\xb7\x01\n\rClusterStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x17\n\x0fplacement_epoch\x18\x03 \x01(\x04\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12,\n\x07routers\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.RouterStatus\x12*\n\x06groups\x18\x06 \x03(\x0b\x32\x1a.expertmesh.v1.GroupStatus\"1\n\x0c\x44rainRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\"&\n\rDrainResponse\x12\x15\n\rrequests_left\x18\x01 \x01(\r\"^\n\x0cScaleRequest\x12\x1a\n\rexpert_groups\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07routers\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x10\n\x0e_expert_groupsB\n\n\x08_routers\"\x0f\n\rScaleResponse\"3\n\rGroupCapacity\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x02 \x01(\x01\"D\n\x14PlanPlacementRequest\x12,\n\x06groups\x18\x01 \x03(\x0b\x32\x1c.expertmesh.v1.GroupCapacity\"X\n\tGroupPlan\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x15\n\rexpected_load\x18\x04 \x01(\x01\"j\n\x15PlanPlacementResponse\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.GroupPlan\x12\x14\n\x0c\x62\x61lancedness\x18\x02 \x01(\x01\x12\x11\n\tnum_moves\x18\x03 \x01(\r\"]\n\x15\x41pplyPlacementRequest\x12,\n\x06groups\x18\x01 \x03(\x0b\x32\x1c.expertmesh.v1.GroupCapacity\x12\x16\n\x0e\x65xpected_epoch\x18\x02 \x01(\x04\"1\n\x16\x41pplyPlacementResponse\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x32\xf1\x03\n\x0e\x43lusterService\x12J\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a\x1c.expertmesh.v1.ClusterStatus\x12P\n\x0bWatchStatus\x12!.expertmesh.v1.WatchStatusRequest\x1a\x1c.expertmesh.v1.ClusterStatus0\x01\x12\x42\n\x05\x44rain\x12\x1b.expertmesh.v1.DrainRequest\x1a\x1c.expertmesh.v1.DrainResponse\x12\x42\n\x05Scale\x12\x1b.expertmesh.v1.ScaleRequest\x1a\x1c.expertmesh.v1.ScaleResponse\x12Z\n\rPlanPlacement\x12#.expertmesh.v1.PlanPlacementRequest\x1a$.expertmesh.v1.PlanPlacementResponse\x12]\n\x0e\x41pplyPlacement\x12$.expertmesh.v1.ApplyPlacementRequest\x1a%.expertmesh.v1.ApplyPlacementResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/v1/cluster.proto\x12\rexpertmesh.v1\"&\n\x10GetStatusRequest\x12\x12\n\nlocal_only\x18\x01 \x01(\x08\"(\n\x12WatchStatusRequest\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\"\x90\x02\n\x0bGroupStatus\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x0f\n\x07\x63ompute\x18\x05 \x01(\t\x12\x13\n\x0bnum_threads\x18\x06 \x01(\r\x12\x13\n\x0bnum_experts\x18\x07 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x11\n\tnum_calls\x18\t \x01(\x04\x12\x10\n\x08num_rows\x18\n \x01(\x04\x12\x11\n\tnum_pairs\x18\x0b \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x0c \x01(\x01\x12\x0f\n\x07node_id\x18\r \x01(\t\x12\x0b\n\x03pid\x18\x0e \x01(\r\"\x91\x04\n\x0cRouterStatus\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x18\n\x10requests_running\x18\x04 \x01(\r\x12\x18\n\x10requests_waiting\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x06 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x07 \x01(\r\x12\x18\n\x10state_slots_used\x18\x08 \x01(\r\x12\x19\n\x11state_slots_total\x18\t \x01(\r\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x19\n\x11generation_tokens\x18\x0b \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12\r\n\x05steps\x18\r \x01(\x04\x12\x0e\n\x06step_s\x18\x0e \x01(\x01\x12\x12\n\ndispatch_s\x18\x0f \x01(\x01\x12\x0b\n\x03pid\x18\x10 \x01(\r\x12\x11\n\ttrunk_ops\x18\x11 \x01(\t\x12\x15\n\rsessions_held\x18\x12 \x01(\r\x12)\n\x05\x63\x61\x63he\x18\x13 \x01(\x0b\x32\x1a.expertmesh.v1.CacheStatus\x12*\n\x06stores\x18\x14 \x03(\x0b\x32\x1a.expertmesh.v1.StoreStatus\x12\'\n\x04\x63old\x18\x15 \x01(\x0b\x32\x19.expertmesh.v1.ColdStatus\"u\n\nColdStatus\x12\x16\n\x0espilled_blocks\x18\x01 \x01(\x04\x12\x12\n\nhost_bytes\x18\x02 \x01(\x04\x12\x12\n\nsent_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bread_blocks\x18\x04 \x01(\x04\x12\x12\n\nread_bytes\x18\x05 \x01(\x04\"\xe8\x02\n\x0b\x43\x61\x63heStatus\x12\x15\n\rlookup_tokens\x18\x01 \x01(\x04\x12\x12\n\nhit_tokens\x18\x02 \x01(\x04\x12\x17\n\x0frestored_tokens\x18\x03 \x01(\x04\x12\x19\n\x11lost_reuse_tokens\x18\x04 \x01(\x04\x12\x11\n\thit_ratio\x18\x05 \x01(\x01\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\x16\n\x0esnapshot_bytes\x18\x07 \x01(\x04\x12\x1c\n\x14snapshot_limit_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cloaded_bytes\x18\t \x01(\x04\x12\x14\n\x0cstored_bytes\x18\n \x01(\x04\x12\x15\n\rdropped_bytes\x18\x0b \x01(\x04\x12\x14\n\x0cqueued_bytes\x18\x0c \x01(\x04\x12\x14\n\x0cloads_chosen\x18\r \x01(\x04\x12\x17\n\x0fprefills_chosen\x18\x0e \x01(\x04\x12\x14\n\x0cloads_failed\x18\x0f \x01(\x04\"\x8c\x01\n\x0bStoreStatus\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07\x62reaker\x18\x03 \x01(\t\x12\x10\n\x08\x66\x61ilures\x18\x04 \x01(\x04\x12\x12\n\nused_bytes\x18\x05 \x01(\x04\x12\x13\n\x0blimit_bytes\x18\x06 \x01(\x04\x12\x12\n\nlast_error\x18\x07 \x01(\t\"\xb7\x01\n\rClusterStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x17\n\x0fplacement_epoch\x18\x03 \x01(\x04\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12,\n\x07routers\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.RouterStatus\x12*\n\x06groups\x18\x06 \x03(\x0b\x32\x1a.expertmesh.v1.GroupStatus\"1\n\x0c\x44rainRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\"&\n\rDrainResponse\x12\x15\n\rrequests_left\x18\x01 \x01(\r\"^\n\x0cScaleRequest\x12\x1a\n\rexpert_groups\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07routers\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x10\n\x0e_expert_groupsB\n\n\x08_routers\"\x0f\n\rScaleResponse\"3\n\rGroupCapacity\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x02 \x01(\x01\"D\n\x14PlanPlacementRequest\x12,\n\x06groups\x18\x01 \x03(\x0b\x32\x1c.expertmesh.v1.GroupCapacity\"X\n\tGroupPlan\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x15\n\rexpected_load\x18\x04 \x01(\x01\"j\n\x15PlanPlacementResponse\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.GroupPlan\x12\x14\n\x0c\x62\x61lancedness\x18\x02 \x01(\x01\x12\x11\n\tnum_moves\x18\x03 \x01(\r\"]\n\x15\x41pplyPlacementRequest\x12,\n\x06groups\x18\x01 \x03(\x0b\x32\x1c.expertmesh.v1.GroupCapacity\x12\x16\n\x0e\x65xpected_epoch\x18\x02 \x01(\x04\"1\n\x16\x41pplyPlacementResponse\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x32\xf1\x03\n\x0e\x43lusterService\x12J\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a\x1c.expertmesh.v1.ClusterStatus\x12P\n\x0bWatchStatus\x12!.expertmesh.v1.WatchStatusRequest\x1a\x1c.expertmesh.v1.ClusterStatus0\x01\x12\x42\n\x05\x44rain\x12\x1b.expertmesh.v1.DrainRequest\x1a\x1c.expertmesh.v1.DrainResponse\x12\x42\n\x05Scale\x12\x1b.expertmesh.v1.ScaleRequest\x1a\x1c.expertmesh.v1.ScaleResponse\x12Z\n\rPlanPlacement\x12#.expertmesh.v1.PlanPlacementRequest\x1a$.expertmesh.v1.PlanPlacementResponse\x12]\n\x0e\x41pplyPlacement\x12$.expertmesh.v1.ApplyPlacementRequest\x1a%.expertmesh.v1.ApplyPlacementResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,33 +38,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GROUPSTATUS']._serialized_start=125
   _globals['_GROUPSTATUS']._serialized_end=397
   _globals['_ROUTERSTATUS']._serialized_start=400
-  _globals['_ROUTERSTATUS']._serialized_end=888
-  _globals['_CACHESTATUS']._serialized_start=891
-  _globals['_CACHESTATUS']._serialized_end=1251
-  _globals['_STORESTATUS']._serialized_start=1254
-  _globals['_STORESTATUS']._serialized_end=1394
-  _globals['_CLUSTERSTATUS']._serialized_start=1397
-  _globals['_CLUSTERSTATUS']._serialized_end=1580
-  _globals['_DRAINREQUEST']._serialized_start=1582
-  _globals['_DRAINREQUEST']._serialized_end=1631
-  _globals['_DRAINRESPONSE']._serialized_start=1633
-  _globals['_DRAINRESPONSE']._serialized_end=1671
-  _globals['_SCALEREQUEST']._serialized_start=1673
-  _globals['_SCALEREQUEST']._serialized_end=1767
-  _globals['_SCALERESPONSE']._serialized_start=1769
-  _globals['_SCALERESPONSE']._serialized_end=1784
-  _globals['_GROUPCAPACITY']._serialized_start=1786
-  _globals['_GROUPCAPACITY']._serialized_end=1837
-  _globals['_PLANPLACEMENTREQUEST']._serialized_start=1839
-  _globals['_PLANPLACEMENTREQUEST']._serialized_end=1907
-  _globals['_GROUPPLAN']._serialized_start=1909
-  _globals['_GROUPPLAN']._serialized_end=1997
-  _globals['_PLANPLACEMENTRESPONSE']._serialized_start=1999
-  _globals['_PLANPLACEMENTRESPONSE']._serialized_end=2105
-  _globals['_APPLYPLACEMENTREQUEST']._serialized_start=2107
-  _globals['_APPLYPLACEMENTREQUEST']._serialized_end=2200
-  _globals['_APPLYPLACEMENTRESPONSE']._serialized_start=2202
-  _globals['_APPLYPLACEMENTRESPONSE']._serialized_end=2251
-  _globals['_CLUSTERSERVICE']._serialized_start=2254
-  _globals['_CLUSTERSERVICE']._serialized_end=2751
+  _globals['_ROUTERSTATUS']._serialized_end=929
+  _globals['_COLDSTATUS']._serialized_start=931
+  _globals['_COLDSTATUS']._serialized_end=1048
+  _globals['_CACHESTATUS']._serialized_start=1051
+  _globals['_CACHESTATUS']._serialized_end=1411
+  _globals['_STORESTATUS']._serialized_start=1414
+  _globals['_STORESTATUS']._serialized_end=1554
+  _globals['_CLUSTERSTATUS']._serialized_start=1557
+  _globals['_CLUSTERSTATUS']._serialized_end=1740
+  _globals['_DRAINREQUEST']._serialized_start=1742
+  _globals['_DRAINREQUEST']._serialized_end=1791
+  _globals['_DRAINRESPONSE']._serialized_start=1793
+  _globals['_DRAINRESPONSE']._serialized_end=1831
+  _globals['_SCALEREQUEST']._serialized_start=1833
+  _globals['_SCALEREQUEST']._serialized_end=1927
+  _globals['_SCALERESPONSE']._serialized_start=1929
+  _globals['_SCALERESPONSE']._serialized_end=1944
+  _globals['_GROUPCAPACITY']._serialized_start=1946
+  _globals['_GROUPCAPACITY']._serialized_end=1997
+  _globals['_PLANPLACEMENTREQUEST']._serialized_start=1999
+  _globals['_PLANPLACEMENTREQUEST']._serialized_end=2067
+  _globals['_GROUPPLAN']._serialized_start=2069
+  _globals['_GROUPPLAN']._serialized_end=2157
+  _globals['_PLANPLACEMENTRESPONSE']._serialized_start=2159
+  _globals['_PLANPLACEMENTRESPONSE']._serialized_end=2265
+  _globals['_APPLYPLACEMENTREQUEST']._serialized_start=2267
+  _globals['_APPLYPLACEMENTREQUEST']._serialized_end=2360
+  _globals['_APPLYPLACEMENTRESPONSE']._serialized_start=2362
+  _globals['_APPLYPLACEMENTRESPONSE']._serialized_end=2411
+  _globals['_CLUSTERSERVICE']._serialized_start=2414
+  _globals['_CLUSTERSERVICE']._serialized_end=2911
 # @@protoc_insertion_point(module_scope)

@@ -51,7 +51,7 @@ class GroupStatus(_message.Message):
     def __init__(self, group_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., transport: _Optional[str] = ..., compute: _Optional[str] = ..., num_threads: _Optional[int] = ..., num_experts: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., num_calls: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_pairs: _Optional[int] = ..., busy_s: _Optional[float] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class RouterStatus(_message.Message):
-    __slots__ = ("router_id", "state", "grpc_address", "requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_total", "state_slots_used", "state_slots_total", "prompt_tokens", "generation_tokens", "preemptions", "steps", "step_s", "dispatch_s", "pid", "trunk_ops", "sessions_held", "cache", "stores")
+    __slots__ = ("router_id", "state", "grpc_address", "requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_total", "state_slots_used", "state_slots_total", "prompt_tokens", "generation_tokens", "preemptions", "steps", "step_s", "dispatch_s", "pid", "trunk_ops", "sessions_held", "cache", "stores", "cold")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,7 @@ class RouterStatus(_message.Message):
     SESSIONS_HELD_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     STORES_FIELD_NUMBER: _ClassVar[int]
+    COLD_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     state: str
     grpc_address: str
@@ -92,7 +93,22 @@ class RouterStatus(_message.Message):
     sessions_held: int
     cache: CacheStatus
     stores: _containers.RepeatedCompositeFieldContainer[StoreStatus]
-    def __init__(self, router_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., state_slots_used: _Optional[int] = ..., state_slots_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., pid: _Optional[int] = ..., trunk_ops: _Optional[str] = ..., sessions_held: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., stores: _Optional[_Iterable[_Union[StoreStatus, _Mapping]]] = ...) -> None: ...
+    cold: ColdStatus
+    def __init__(self, router_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., state_slots_used: _Optional[int] = ..., state_slots_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., pid: _Optional[int] = ..., trunk_ops: _Optional[str] = ..., sessions_held: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., stores: _Optional[_Iterable[_Union[StoreStatus, _Mapping]]] = ..., cold: _Optional[_Union[ColdStatus, _Mapping]] = ...) -> None: ...
+
+class ColdStatus(_message.Message):
+    __slots__ = ("spilled_blocks", "host_bytes", "sent_bytes", "read_blocks", "read_bytes")
+    SPILLED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    spilled_blocks: int
+    host_bytes: int
+    sent_bytes: int
+    read_blocks: int
+    read_bytes: int
+    def __init__(self, spilled_blocks: _Optional[int] = ..., host_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., read_blocks: _Optional[int] = ..., read_bytes: _Optional[int] = ...) -> None: ...
 
 class CacheStatus(_message.Message):
     __slots__ = ("lookup_tokens", "hit_tokens", "restored_tokens", "lost_reuse_tokens", "hit_ratio", "block_bytes", "snapshot_bytes", "snapshot_limit_bytes", "loaded_bytes", "stored_bytes", "dropped_bytes", "queued_bytes", "loads_chosen", "prefills_chosen", "loads_failed")

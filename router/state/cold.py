@@ -44,6 +44,17 @@ class ColdValue:
     """xxh3_64 of every layer's part."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColdStats:
+    """What has gone to the servers and come back, since the start."""
+
+    sent_bytes: int = 0
+    """Of cache blocks that the servers did not have already."""
+    read_blocks: int = 0
+    """Cache blocks of which all layers were read; each step of a spilling sequence reads them."""
+    read_bytes: int = 0
+
+
 class BlobCold:
     """`ColdTier` over the blob servers.
 
@@ -59,6 +70,16 @@ class BlobCold:
         self._store = store
         self._writing = store.links()
         self._reading = store.links()
+        # Each is raised by one thread.
+        self._sent_bytes = self._read_blocks = self._read_bytes = 0
+
+    def stats(self) -> ColdStats:
+        """Return what was done; any thread."""
+        return ColdStats(
+            sent_bytes=self._sent_bytes,
+            read_blocks=self._read_blocks,
+            read_bytes=self._read_bytes,
+        )
 
     def put(self, key: bytes, parent: bytes, values: NDArray[np.uint8]) -> ColdValue | None:
         """See `ColdTier.put`."""
@@ -72,6 +93,7 @@ class BlobCold:
             )
             if status != "OK":
                 return None
+            self._sent_bytes += values.nbytes
         return ColdValue(store_key, tuple(_sum_of(part) for part in values))
 
     def read(self, handles: Sequence[ColdValue], layer: int, out: NDArray[np.uint8]) -> bool:
@@ -95,6 +117,8 @@ class BlobCold:
                 return False
             if any(length != out.shape[1] for length in lengths):
                 return False
+        self._read_bytes += out.nbytes
+        self._read_blocks += sum(layer == len(value.sums) - 1 for value in handles)
         return all(
             _sum_of(part) == value.sums[layer] for part, value in zip(out, handles, strict=True)
         )

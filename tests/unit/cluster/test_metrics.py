@@ -14,6 +14,7 @@ from protos.errors import ConfigurationError
 from router.engine.config import EngineStats, ReuseStats
 from router.engine.tier import TierStats
 from router.gateway.forwarding import ForwardStats
+from router.state.cold import ColdStats
 
 STATS = EngineStats(
     num_running=2,
@@ -29,6 +30,8 @@ STATS = EngineStats(
     steps=7,
     step_s=1.5,
     dispatch_s=0.25,
+    num_cold_bytes=4096,
+    spilled_blocks=6,
     reuse=ReuseStats(is_on=True, hit_tokens=60, restored_tokens=40, lost_tokens=8),
 )
 FIGURES = Figures(
@@ -40,6 +43,7 @@ FIGURES = Figures(
         counters={"corrupt_total": 3, "restore_bytes": 12.0},
         gauges={"prefill_tokens_per_s": 2.5},
     ),
+    cold=ColdStats(sent_bytes=2048, read_blocks=3, read_bytes=1024),
     servers=[Server(role="blob", address="redis://h:1/0", breaker="open", failures=2)],
     forwards=ForwardStats(forwarded=4, fell_back=1),
     sessions_held=2,
@@ -75,6 +79,11 @@ def test_the_figures_are_the_routers() -> None:
         "prefix_cache_hits_total": 100,
         "prefix_cache_lost_tokens_total": 8,
         "router_forwarded_total": 4,
+        "kv_spilled_blocks_total": 6,
+        "kv_spilled_host_bytes": 4096,
+        "kv_spilled_sent_bytes_total": 2048,
+        "kv_spilled_read_blocks_total": 3,
+        "kv_spilled_read_bytes_total": 1024,
         "state_corrupt_total": 3,
         "state_restore_bytes_total": 12,
         "state_prefill_tokens_per_s": 2.5,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from router.engine.cold_store import SHELF_BLOCKS, ColdStore
 from router.state.breaker import BreakerSettings
 from router.state.codec import HEADER_BYTES
-from router.state.cold import BlobCold, ColdSettings
+from router.state.cold import BlobCold, ColdSettings, ColdStats
 from router.state.kv_store import KvStore
 from tests.unit.state.blob_servers import KINDS, NAMESPACE, BlobServer, blob_server
 
@@ -71,6 +71,20 @@ def test_values_lie_on_both_servers_and_are_the_prefixes_own(
     assert b":%d" % (HEADER_BYTES + LAYERS * LAYER_BYTES) in lengths
     put_all(cold, 40)  # found, not sent again
     assert [int(server.command(b"DBSIZE")[1:]) for server in servers] == sizes
+
+
+def test_what_was_sent_and_read_back_is_counted(cold: BlobCold) -> None:
+    assert cold.stats() == ColdStats()
+    handles = put_all(cold, 5)
+    put_all(cold, 5)  # found, not sent again
+    out = np.zeros((5, LAYER_BYTES), np.uint8)
+    for layer in range(LAYERS - 1):
+        assert cold.read(handles, layer, out)  # type: ignore[arg-type]
+    assert cold.stats() == ColdStats(
+        sent_bytes=5 * LAYERS * LAYER_BYTES, read_blocks=0, read_bytes=5 * 2 * LAYER_BYTES
+    )
+    assert cold.read(handles, LAYERS - 1, out)  # type: ignore[arg-type]
+    assert cold.stats().read_blocks == 5
 
 
 @pytest.mark.parametrize("harm", ["gone", "flipped", "short", "list"])
