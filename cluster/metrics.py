@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from protos.errors import ConfigurationError
 from router.engine.config import EngineStats
 from router.engine.tier import TierStats
 from router.gateway.forwarding import ForwardStats
+from router.gateway.turn_figures import TurnStats
 from router.state.cold import ColdStats
+from router.state.counters import Distribution
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BREAKERS = {"closed": 0, "half-open": 1, "open": 2}
@@ -33,6 +36,7 @@ class Figures:
     cold: ColdStats = field(default_factory=ColdStats)
     servers: Sequence[Server] = ()
     forwards: ForwardStats | None = None
+    turns: TurnStats | None = None
     sessions_held: int = 0
 
 
@@ -66,6 +70,15 @@ def metrics_text(figures: Figures) -> str:
     if figures.forwards is not None:
         values["router_forwarded_total"] = figures.forwards.forwarded
         values["router_forwards_failed_total"] = figures.forwards.fell_back
+    if (turns := figures.turns) is not None:
+        values |= {
+            "state_fenced_total": turns.fenced,
+            "state_conflict_total": turns.conflicts,
+            "state_lease_lost_total": turns.leases_lost,
+            "state_persisted_false_total": turns.not_persisted,
+            "state_ckpt_lag_tokens": turns.num_unsaved,
+            "state_ckpt_lag_seconds": turns.unsaved_s,
+        }
     if figures.tier is not None:
         values["state_queued_bytes"] = figures.tier.num_queued_bytes
         values |= {_state_name(k, "_total"): v for k, v in figures.tier.counters.items()}
@@ -75,6 +88,8 @@ def metrics_text(figures: Figures) -> str:
     for name, value in values.items():
         kind = "counter" if name.endswith("_total") else "gauge"
         lines += [f"# TYPE expertmesh_{name} {kind}", _line(name, labels, value)]
+    if turns is not None:
+        lines += _histogram("state_commit_seconds", labels, turns.commit_s)
     for name, read in _SERVER_METRICS.items():
         kind = "counter" if name.endswith("_total") else "gauge"
         lines.append(f"# TYPE expertmesh_{name} {kind}")
@@ -139,6 +154,17 @@ class MetricsServer:
 
 def _state_name(name: str, suffix: str) -> str:
     return f"state_{name.removesuffix(suffix)}{suffix}" if suffix else f"state_{name}"
+
+
+def _histogram(name: str, labels: Mapping[str, str], found: Distribution) -> list[str]:
+    lines, count = [f"# TYPE expertmesh_{name} histogram"], 0
+    for bound, added in zip((*found.bounds, math.inf), found.counts, strict=True):
+        count += added
+        le = "+Inf" if bound == math.inf else f"{bound:g}"
+        lines.append(_line(f"{name}_bucket", {**labels, "le": le}, count))
+    lines.append(_line(f"{name}_sum", labels, found.total))
+    lines.append(_line(f"{name}_count", labels, count))
+    return lines
 
 
 def _line(name: str, labels: Mapping[str, str], value: float) -> str:

@@ -457,7 +457,10 @@ class RouterProcess:
     def _metrics_text(self) -> str:
         assert self._engine is not None  # the port opens after the engine exists
         figures = Figures(
-            router_id=self.router_id, model=self._model_name, stats=self._engine.stats()
+            router_id=self.router_id,
+            model=self._model_name,
+            stats=self._engine.stats(),
+            turns=self._generation.turn_stats() if self._generation else None,
         )
         if (shared := self._shared) is not None:
             figures = replace(

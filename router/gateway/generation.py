@@ -25,6 +25,7 @@ from router.gateway.request_reader import RequestReader, ServedModel, in_thread_
 from router.gateway.stream import MAX_PENDING_TOKENS, RequestStream
 from router.gateway.text import TextProcessor
 from router.gateway.turn import SessionTurns
+from router.gateway.turn_figures import TurnStats
 from router.state.sessions import SessionStore
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -72,6 +73,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             self._turns = SessionTurns(
                 store, self._reader, self._live, self._prefixes, clock=clock, address=address
             )
+
+    def turn_stats(self) -> TurnStats | None:
+        """Return what turns of sessions have gone through; None where there are no sessions."""
+        return None if self._turns is None else self._turns.figures.stats()
 
     async def settle(self) -> None:
         """Wait, some seconds at most, until every turn that has ended is written."""

@@ -35,6 +35,7 @@ class Turn:
         num_saved: How many of them are in the store.
         resume_from: Sequence of the last message that the client has.
         junctions: See `EngineRequest`.
+        clock: Monotonic seconds.
 
     Attributes:
         is_committed: Whether the turn is part of the history.
@@ -54,6 +55,7 @@ class Turn:
         num_saved: int = 0,
         resume_from: int = 0,
         junctions: tuple[int, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.request = request
         self.request_id = request.request_id
@@ -68,6 +70,8 @@ class Turn:
         self._reader = reader
         self._forced_ids = forced_ids
         self._junctions = junctions
+        self._clock = clock
+        self._unsaved_since = self._taken_at = clock()
         self._savable = asyncio.Event()
         self._is_saved_last = False
         self._last: generation_pb2.GenerateResponse | None = None
@@ -128,6 +132,8 @@ class Turn:
     def put(self, output: StepOutput) -> None:
         """Take what one step did; the engine's sink."""
         assert self._stream is not None
+        if not self.num_unsaved:
+            self._unsaved_since = self._clock()
         self._stream.put(output)
         waiting = self._stream.num_savable - self.num_saved
         if waiting and waiting % SAVE_TOKENS == 0:
@@ -158,7 +164,23 @@ class Turn:
         """
         if self._stream is None or self.request.output.HasField("top_logprobs"):
             return []
+        self._taken_at = self._clock()
         return self._stream.token_ids[self.num_saved : self._stream.num_savable]
+
+    def note_saved(self, count: int) -> None:
+        """Say that so many of the tokens that were taken are in the store."""
+        self.num_saved += count
+        self._unsaved_since = self._taken_at
+
+    @property
+    def num_unsaved(self) -> int:
+        """Generated tokens that a death of this router would cost; any thread."""
+        return 0 if self.is_committed else len(self.token_ids) - self.num_saved
+
+    @property
+    def unsaved_s(self) -> float:
+        """Seconds that the oldest of them has waited, at most; any thread."""
+        return self._clock() - self._unsaved_since if self.num_unsaved else 0.0
 
     def unsaved_ids(self) -> list[int]:
         """Return the generated tokens that are not in the store, to the end."""

@@ -37,6 +37,7 @@ from router.gateway.live import LiveRequest, LiveRequests
 from router.gateway.open_turn import Turn, kept_request, replayed
 from router.gateway.request_reader import RequestReader, in_thread_if_large
 from router.gateway.snapshot_names import SnapshotNames
+from router.gateway.turn_figures import TurnFigures
 from router.state.session_records import Lease, OpenTurn, TokenIds, TurnRecord
 from router.state.sessions import SessionStore
 
@@ -66,6 +67,9 @@ class SessionTurns:
         clock: The engine's and the store's.
         address: Returns the router's own `host:port`.
         tenant: Whose sessions these are; never from a request.
+
+    Attributes:
+        figures: What the turns have gone through.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class SessionTurns:
         address: Callable[[], str],
         tenant: str = "",
     ) -> None:
+        self.figures = TurnFigures(store)
         self._store = store
         self._reader = reader
         self._live = live
@@ -118,6 +123,7 @@ class SessionTurns:
             try:
                 turn = await self._begin(request, request_id, lease)
                 if turn is not None:
+                    self.figures.running.add(turn)
                     turn.hint = await self._snapshots.hint(turn)
                     await self._run(turn, live, deadline)
             finally:
@@ -143,6 +149,7 @@ class SessionTurns:
                 return await self._acquire_now(session_id)
             except SessionBusyError:
                 if self._clock() + NEWS_PAUSE_S > until:
+                    self.figures.num_conflicts += 1
                     raise
             await asyncio.sleep(NEWS_PAUSE_S)
 
@@ -208,7 +215,9 @@ class SessionTurns:
                 request=kept.SerializeToString(),
             ),
         )
-        return Turn(self._reader, kept, lease, history, prompt, junctions=junctions)
+        return Turn(
+            self._reader, kept, lease, history, prompt, junctions=junctions, clock=self._clock
+        )
 
     def _resumed(
         self,
@@ -237,6 +246,7 @@ class SessionTurns:
             forced_ids=max(saved, held, key=len),
             num_saved=len(saved),
             resume_from=request.resume_from,
+            clock=self._clock,
         )
 
     def _encode(self, request: generation_pb2.GenerateRequest, history: TokenIds) -> list[int]:
@@ -287,6 +297,8 @@ class SessionTurns:
         persisted = await self._commit(turn, self._clock() + COMMIT_WAIT_S)
         if persisted:
             await self._quietly("release", self._store.release(turn.lease))
+        else:
+            self.figures.num_not_persisted += 1
         if last is not None:
             last.finished.persisted = persisted
             await live.write(last)
@@ -310,7 +322,7 @@ class SessionTurns:
                     start = len(turn.prompt_ids) + turn.num_saved
                     save = self._store.checkpoint(turn.lease, ids, start)
                     if await self._quietly("checkpoint", save):
-                        turn.num_saved += len(ids)
+                        turn.note_saved(len(ids))
                 elif self._clock() - turn.lease.renewed_at >= turn.lease.ttl_s / 3:
                     await self._quietly("renew", self._store.renew(turn.lease))
         except ExpertMeshError as error:
@@ -323,12 +335,14 @@ class SessionTurns:
             SessionFencedError: It never will be: another has the session.
         """
         record = turn.record()
+        begun = self._clock()
         while not turn.is_committed:
             try:
                 await self._store.commit_turn(
                     turn.lease, turn.request_id, record, turn.unsaved_ids()
                 )
                 turn.is_committed = True
+                self.figures.commit_s.add(self._clock() - begun)
                 self._snapshots.name_behind(turn)
             except StateUnavailableError as error:
                 if self._clock() + COMMIT_PAUSE_S > until:
@@ -342,6 +356,7 @@ class SessionTurns:
     async def _close(self, lease: Lease, turn: Turn | None, live: LiveRequest) -> None:
         """Give the session back, whatever happened; a cancelled handler does not cut this short."""
         if turn is not None and turn.is_committed:
+            self.figures.running.discard(turn)
             return
         live.is_ending = True
         if turn is not None:
@@ -373,6 +388,9 @@ class SessionTurns:
             await self._store.release(lease)
         except ExpertMeshError as error:
             logger.warning("turn.left session=%s why=%s", lease.session_id, error)
+        finally:
+            if turn is not None:
+                self.figures.running.discard(turn)
 
     async def _quietly(self, what: str, call: Coroutine[Any, Any, object]) -> bool:
         """Await a call of the store that may fail to answer; return whether it did answer."""

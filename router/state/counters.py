@@ -1,9 +1,11 @@
-"""Counters that several threads raise, under the names of the metrics."""
+"""What several threads count and measure, for the metrics."""
 
 from __future__ import annotations
 
+import bisect
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 
 class Counters:
@@ -22,3 +24,40 @@ class Counters:
         """Return a copy."""
         with self._lock:
             return dict(self._values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """How many values were how large."""
+
+    bounds: tuple[float, ...]
+    """Rising."""
+    counts: tuple[int, ...]
+    """Values up to each bound and above the one before it; one more for those above the last."""
+    total: float
+    """Sum of the values."""
+
+
+class Histogram:
+    """Collects a distribution.
+
+    Args:
+        bounds: Rising.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._total = 0.0
+        self._lock = threading.Lock()
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        with self._lock:
+            self._counts[bisect.bisect_left(self._bounds, value)] += 1
+            self._total += value
+
+    def distribution(self) -> Distribution:
+        """Return what was counted so far."""
+        with self._lock:
+            return Distribution(bounds=self._bounds, counts=tuple(self._counts), total=self._total)

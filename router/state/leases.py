@@ -73,6 +73,10 @@ class LeaseStore:
         self._settings = settings or StoreSettings()
         self._clock = clock
         self._held: set[bytes] = set()
+        self.num_fenced = 0
+        """Writes refused because another has the session, or its history is another."""
+        self.num_lost = 0
+        """Leases that were another's, or of a deleted session, before they were given back."""
 
     @property
     def num_leases(self) -> int:
@@ -305,8 +309,11 @@ class LeaseStore:
             [lease.token, lease.epoch, self._lease_ms, *arguments],
             durable=durable,
         )
-        if reply[0] in (b"FENCED", b"MISSING"):
-            self._held.discard(lease.token)
+        if reply[0] in (b"FENCED", b"CONFLICT"):
+            self.num_fenced += 1
+        if reply[0] in (b"FENCED", b"MISSING") and lease.token in self._held:
+            self._held.remove(lease.token)
+            self.num_lost += 1
         check_reply(reply, lease.session_id)
         lease.renewed_at = max(lease.renewed_at, sent_at)
         return reply

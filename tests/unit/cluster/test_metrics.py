@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,9 @@ from protos.errors import ConfigurationError
 from router.engine.config import EngineStats, ReuseStats
 from router.engine.tier import TierStats
 from router.gateway.forwarding import ForwardStats
+from router.gateway.turn_figures import TurnStats
 from router.state.cold import ColdStats
+from router.state.counters import Distribution
 
 STATS = EngineStats(
     num_running=2,
@@ -47,6 +50,15 @@ FIGURES = Figures(
     servers=[Server(role="blob", address="redis://h:1/0", breaker="open", failures=2)],
     forwards=ForwardStats(forwarded=4, fell_back=1),
     sessions_held=2,
+    turns=TurnStats(
+        commit_s=Distribution(bounds=(0.001, 0.5), counts=(3, 2, 1), total=4.5),
+        fenced=5,
+        leases_lost=6,
+        conflicts=7,
+        not_persisted=8,
+        num_unsaved=9,
+        unsaved_s=0.75,
+    ),
 )
 LINE = re.compile(r'^expertmesh_[a-z0-9_]+\{([a-z_]+="([^"\\]|\\.)*",?)+\} \S+$')
 
@@ -64,7 +76,11 @@ def test_every_line_is_well_formed_and_every_metric_has_a_type() -> None:
     text = metrics_text(FIGURES)
     found = values(text)
     typed = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
-    assert typed.keys() == found.keys()
+    parts = {"_bucket", "_sum", "_count"}
+    histograms = {name for name, kind in typed.items() if kind == "histogram"}
+    assert histograms == {"expertmesh_state_commit_seconds"}
+    shown = {name + part for name in histograms for part in parts} | typed.keys() - histograms
+    assert shown == found.keys()
     assert all((kind == "counter") == name.endswith("_total") for name, kind in typed.items())
     assert r'model_name="a \"model\""' in text
 
@@ -90,8 +106,29 @@ def test_the_figures_are_the_routers() -> None:
         "state_breaker_state": 2,
         "state_breaker_opened_total": 2,
         "sessions_held": 2,
+        "state_fenced_total": 5,
+        "state_lease_lost_total": 6,
+        "state_conflict_total": 7,
+        "state_persisted_false_total": 8,
+        "state_ckpt_lag_tokens": 9,
+        "state_ckpt_lag_seconds": 0.75,
     }.items():
         assert found[f"expertmesh_{name}"] == value, name
+
+
+def test_a_histogram_counts_all_up_to_each_bound() -> None:
+    text = metrics_text(replace(FIGURES, model="m"))
+    assert [line for line in text.splitlines() if "commit_seconds" in line] == [
+        line.replace("{", '{router="router-0",model_name="m"')
+        for line in (
+            "# TYPE expertmesh_state_commit_seconds histogram",
+            'expertmesh_state_commit_seconds_bucket{,le="0.001"} 3',
+            'expertmesh_state_commit_seconds_bucket{,le="0.5"} 5',
+            'expertmesh_state_commit_seconds_bucket{,le="+Inf"} 6',
+            "expertmesh_state_commit_seconds_sum{} 4.5",
+            "expertmesh_state_commit_seconds_count{} 6",
+        )
+    ]
 
 
 def test_a_router_without_servers_has_fewer_lines() -> None:

@@ -100,6 +100,8 @@ async def test_an_expired_lease_is_taken_over_and_its_holder_is_fenced(
             await call
         assert caught.value.code.name == "ABORTED"
     assert store.num_leases == 0
+    assert (store.num_fenced, store.num_lost) == (5, 1)
+    assert (other.num_fenced, other.num_lost) == (0, 0)
     turn = await other.open_turn_of(lease)
     assert turn is not None
     assert turn.prompt_ids.tolist() == [1, 2]
