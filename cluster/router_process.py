@@ -407,6 +407,7 @@ class RouterProcess:
             max_model_len=self._max_model_len,
             vocab_size=self._model.vocab_size,
             dtype=str(self._dtype).removeprefix("torch."),
+            weights_digest=self._weights_digest,
         )
         shared = self._shared
         self._generation = GenerationServicer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from protos.v1 import generation_pb2, session_pb2
 
@@ -45,6 +45,7 @@ class GenerateOptions(TypedDict, total=False):
     skip_special_tokens: bool
     add_generation_prompt: bool
     template_kwargs: Mapping[str, Any]
+    priority: Literal["interactive", "batch"]
     timeout_s: float
     """Deadline of this call instead of the client's."""
 
@@ -65,6 +66,9 @@ def build_request(
         request_id=left.pop("request_id", ""),
         session_id=left.pop("session", ""),
     )
+    if priority := left.pop("priority", None):
+        value: Any = generation_pb2.Priority.Value(f"PRIORITY_{priority.upper()}")
+        request.priority = value
     chat_options = {
         name: left.pop(name)
         for name in ("add_generation_prompt", "template_kwargs")

@@ -69,6 +69,9 @@ def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLi
         found.append(Violation("request_id", id_rule(), request.request_id))
     if request.session_id and not is_valid_session_id(request.session_id):
         found.append(Violation("session_id", session_id_rule(), request.session_id))
+    if request.priority not in generation_pb2.Priority.values():
+        rule = f"must be one of {', '.join(generation_pb2.Priority.keys())}"
+        found.append(Violation("priority", rule, request.priority))
     is_resumed = request.HasField("resume_from")
     if request.session_id or is_resumed or request.HasField("resume_tokens"):
         found += _resumable_violations(request, limits)

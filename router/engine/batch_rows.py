@@ -1,8 +1,9 @@
 """Builds the batch of each step out of tensors that live as long as the engine.
 
 Decoding sequences own dense rows `0 .. num_decoding - 1`, which are kept up to date instead of
-rebuilt: a step adds one to their positions and writes their new tokens. The prefill chunks of a
-step are written behind them. Every tensor of a batch is a view, valid until the next step.
+rebuilt: a step adds one to their positions and writes their new tokens. Batch sequences have the
+first rows, so that a step without them begins behind them. The prefill chunks of a step are written
+behind all rows. Every tensor of a batch is a view, valid until the next step.
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ class BatchRows:
         block_size: int,
     ) -> None:
         self.sequences: list[Sequence] = []
-        """The decoding sequences, by row."""
+        """The decoding sequences, by row: those of batch priority first."""
+        self.num_batch = 0
+        self.skips_batch = False
+        """Whether the next step is without the batch sequences."""
         self._block_size = block_size
         self._token_ids = np.zeros(max_num_batched_tokens, dtype=np.int64)
         self._positions = np.zeros(max_num_batched_tokens, dtype=np.int64)
@@ -90,14 +94,32 @@ class BatchRows:
         """Rows in use."""
         return len(self.sequences)
 
+    @property
+    def num_stepping(self) -> int:
+        """Rows in the next step."""
+        return len(self.sequences) - self._first
+
+    @property
+    def _first(self) -> int:
+        return self.num_batch if self.skips_batch else 0
+
     def add(self, sequence: Sequence) -> None:
         """Give a sequence whose newest token is its only one to compute a row."""
-        row = sequence.row = len(self.sequences)
+        row = len(self.sequences)
         self.sequences.append(sequence)
+        if not sequence.is_interactive:
+            if self.num_batch < row:  # the first interactive one makes room
+                self._move(self.num_batch, row)
+                row = self.num_batch
+            self.num_batch += 1
+        self.sequences[row] = sequence
+        sequence.row = row
         self._token_ids[row] = sequence.output_ids[-1]
         self._positions[row] = self._context_lens[row] = sequence.num_computed
-        self._query_start[row + 1] = row + 1
-        self._logit_rows[row] = row
+        # Chunks were written behind the rows there were.
+        last = len(self.sequences) - 1
+        self._query_start[last + 1] = last + 1
+        self._logit_rows[last] = last
         self._write_blocks(row, sequence)
 
     def _write_blocks(self, row: int, sequence: Sequence) -> None:
@@ -107,12 +129,20 @@ class BatchRows:
         self._room[row] = len(blocks) * self._block_size
 
     def remove(self, sequence: Sequence) -> None:
-        """Free the sequence's row; the last row moves into it."""
+        """Free the sequence's row; the last row moves into it, of a batch one the last such."""
         row, sequence.row = sequence.row, -1
-        moved = self.sequences.pop()
-        last = len(self.sequences)
+        if row < self.num_batch:
+            self.num_batch -= 1
+            self._move(self.num_batch, row)
+            row = self.num_batch
+        self._move(len(self.sequences) - 1, row)
+        self.sequences.pop()
+
+    def _move(self, last: int, row: int) -> None:
+        """Move what row `last` holds to `row`, over what is there."""
         if row == last:
             return
+        moved = self.sequences[last]
         self.sequences[row] = moved
         moved.row = row
         for column in (
@@ -127,14 +157,14 @@ class BatchRows:
         self._block_tables[row, :num_blocks] = self._block_tables[last, :num_blocks]
 
     def needing_a_block(self) -> list[Sequence]:
-        """Return the decoding sequences whose next token does not fit their blocks, oldest
-        first."""
+        """Return the decoding sequences whose next token does not fit their blocks, in their
+        order."""
         count = len(self.sequences)
         full = self._positions[:count] >= self._room[:count]
         if not full.any():
             return []
         needy = [self.sequences[row] for row in np.flatnonzero(full).tolist()]
-        return sorted(needy, key=lambda sequence: sequence.arrival)
+        return sorted(needy, key=lambda sequence: sequence.order)
 
     def append_block(self, sequence: Sequence, block: int) -> None:
         """Give a decoding sequence one more block."""
@@ -147,23 +177,24 @@ class BatchRows:
         self._write_blocks(sequence.row, sequence)
 
     def advance(self, token_ids: NDArray[np.int64]) -> None:
-        """Move every decoding row on: its token is computed, `token_ids[row]` is its next."""
-        count = len(self.sequences)
-        self._token_ids[:count] = token_ids[:count]
-        self._positions[:count] += 1
-        self._context_lens[:count] += 1
+        """Move every row of the step on: its token is computed, that of `token_ids` is its next."""
+        first, count = self._first, len(self.sequences)
+        self._token_ids[first:count] = token_ids[: count - first]
+        self._positions[first:count] += 1
+        self._context_lens[first:count] += 1
 
     def build(self, chunks: list[PrefillChunk]) -> BuiltBatch:
-        """Return the batch of all decoding rows and these chunks; at least one of either."""
-        count = len(self.sequences)
-        context_len = int(self._context_lens[:count].max()) + 1 if count else 0
+        """Return the batch of the step's rows and these chunks; at least one of either."""
+        first_row, count = self._first, len(self.sequences)
+        stepping = self._context_lens[first_row:count]
+        context_len = int(stepping.max()) + 1 if len(stepping) else 0
         if not chunks:
             views = self._views.get(count)
             if views is None:
-                views = self._views[count] = self._tensors(count, count, count)
+                views = self._views[count] = self._tensors(0, count, count, count)
             return BuiltBatch(_batch(views, 1, context_len), self.sequences.copy())
-        sampled = self.sequences.copy()
-        sampled_logits = list(range(count))
+        sampled = self.sequences[first_row:]
+        sampled_logits = list(range(count - first_row))
         prompt_logits: list[tuple[PrefillChunk, int]] = []
         num_tokens = num_logits = row = count
         query_len = 1
@@ -177,7 +208,7 @@ class BatchRows:
             row += 1
             self._query_start[row] = end
             if chunk.prompt_rows:
-                prompt_logits.append((chunk, num_logits))
+                prompt_logits.append((chunk, num_logits - first_row))
                 behind = num_logits + len(chunk.prompt_rows)
                 first = num_tokens + chunk.prompt_rows.start - start
                 self._logit_rows[num_logits:behind] = np.arange(
@@ -186,31 +217,37 @@ class BatchRows:
                 num_logits = behind
             if chunk.is_final:
                 sampled.append(sequence)
-                sampled_logits.append(num_logits)
+                sampled_logits.append(num_logits - first_row)
                 self._logit_rows[num_logits] = end - 1
                 num_logits += 1
             query_len = max(query_len, stop - start)
             context_len = max(context_len, stop)
             num_tokens = end
         return BuiltBatch(
-            _batch(self._tensors(num_tokens, row, num_logits), query_len, context_len),
+            _batch(self._tensors(first_row, num_tokens, row, num_logits), query_len, context_len),
             sampled,
             sampled_logits if prompt_logits else None,
             prompt_logits,
         )
 
-    def _tensors(self, num_tokens: int, num_sequences: int, num_logits: int) -> list[Tensor]:
-        """Return views of a batch's tensors, in the order of its fields."""
+    def _tensors(
+        self, first: int, num_tokens: int, num_sequences: int, num_logits: int
+    ) -> list[Tensor]:
+        """Return views of a batch's tensors, in the order of its fields, from row `first` on."""
+        query_start = self._query_start[first : num_sequences + 1]
+        logit_rows = self._logit_rows[first:num_logits]
+        if first:  # both count within the batch
+            query_start, logit_rows = query_start - np.int32(first), logit_rows - first
         return [
             torch.from_numpy(array)
             for array in (
-                self._token_ids[:num_tokens],
-                self._positions[:num_tokens],
-                self._query_start[: num_sequences + 1],
-                self._context_lens[:num_sequences],
-                self._block_tables[:num_sequences],
-                self._state_slots[:num_sequences],
-                self._logit_rows[:num_logits],
+                self._token_ids[first:num_tokens],
+                self._positions[first:num_tokens],
+                query_start,
+                self._context_lens[first:num_sequences],
+                self._block_tables[first:num_sequences],
+                self._state_slots[first:num_sequences],
+                logit_rows,
             )
         ]
 

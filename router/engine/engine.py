@@ -42,7 +42,7 @@ from router.engine.config import EngineConfig, EngineStats, ReuseStats
 from router.engine.inbox import Inbox
 from router.engine.model import Model
 from router.engine.outbox import Deliver, Outbox
-from router.engine.request import EngineRequest, FinishReason, Sink, StepOutput
+from router.engine.request import EngineRequest, FinishReason, Priority, Sink, StepOutput
 from router.engine.restore import reuse_of
 from router.engine.sampler import sample
 from router.engine.scheduler import Scheduler
@@ -166,8 +166,11 @@ class Engine:
         def count_ahead(num_submitted: int) -> int:
             ahead = self._scheduler.num_waiting + num_submitted
             places = max(0, config.max_num_seqs - self._scheduler.num_running)
-            if ahead + len(sequences) > config.max_queued + places:
-                raise QueueFullError(ahead, config.max_queued, self._outbox.finish_interval_s)
+            # Batch requests leave half of the queue to others.
+            is_batch = request.priority is Priority.BATCH
+            max_queued = config.max_queued // 2 if is_batch else config.max_queued
+            if ahead + len(sequences) > max_queued + places:
+                raise QueueFullError(ahead, max_queued, self._outbox.finish_interval_s)
             return ahead
 
         return self._inbox.submit(sequences, count_ahead)
@@ -288,7 +291,7 @@ class Engine:
             self._lose(sequence, error)
         has_batch = bool(chunks or self._scheduler.rows.sequences)
         if has_batch:
-            num_decoding = self._scheduler.rows.num_decoding
+            num_decoding = self._scheduler.rows.num_stepping
             is_alone = bool(chunks) and chunks[0].is_alone
             self._compute(chunks)
             self._steps += 1

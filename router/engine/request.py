@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Protocol
 
 from protos.errors import ExpertMeshError
@@ -95,6 +95,13 @@ class SessionHint:
     on a thread of the tier, perhaps after the request's end; must be cheap and not raise."""
 
 
+class Priority(IntEnum):
+    """Who goes first; `router.engine.priority` says what that means."""
+
+    INTERACTIVE = 0
+    BATCH = 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """One request: a prompt and how to continue it."""
@@ -113,6 +120,8 @@ class EngineRequest:
 
     deadline: float | None = None
     """On the engine's monotonic clock."""
+
+    priority: Priority = Priority.INTERACTIVE
 
     text_stop: Callable[[], StopChecker] | None = None
     """Makes the stop checker of one sequence; None: no stop strings."""

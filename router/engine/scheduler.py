@@ -1,13 +1,16 @@
 """Chooses the sequences of the next step.
 
-One step is all decoding sequences, one token each, and then prefill chunks, oldest first, within
-the token budget. Decides admission (first come, first served; a sequence that does not fit holds
-back those behind it, so none starves), and who gives way when blocks run out: the newest. Knows
-neither the model nor the sampler nor time, except the moment it is told.
+One step is all decoding sequences, one token each, and then prefill chunks, first in line first,
+within the token budget. The line is interactive before batch, then by age (`Sequence.order`);
+`router.engine.priority` says what batch sequences get. Decides admission (a sequence that does not
+fit holds back those behind it, so none starves within its class), and who gives way when blocks run
+out: the last in line. Knows neither the model nor the sampler nor time, except the moment it is
+told.
 
 Blocks for all tokens that a sequence has are taken at its admission, so a prefill never runs dry
-half way; a decoding sequence takes one block at a time. The oldest running sequence never gives
-way to another, and alone it always fits (`Engine.submit` sees to that): there is always progress.
+half way; a decoding sequence takes one block at a time. The first running sequence never gives
+way to another running one, and alone it always fits (`Engine.submit` sees to that): there is always
+progress.
 
 Where a sequence is, and what it owns:
 
@@ -32,6 +35,7 @@ from router.engine.batch_rows import BatchRows, PrefillChunk
 from router.engine.block_manager import BlockManager
 from router.engine.chain import CACHE_BLOCK
 from router.engine.prefix_cache import NO_MATCH, Match
+from router.engine.priority import BatchShare
 from router.engine.reuse import Reuse
 from router.engine.sequence import Sequence, SequenceState
 from router.engine.spill import Spill
@@ -56,11 +60,11 @@ class Scheduler:
     ) -> None:
         self.probing: dict[Sequence, None] = {}
         self.waiting: deque[Sequence] = deque()
-        """Oldest first."""
+        """In their order."""
         self.restoring: list[Sequence] = []
         """Finished ones too, until the tier has let go of their blocks."""
         self.prefilling: list[Sequence] = []
-        """Oldest first."""
+        """In their order."""
         self.rows = rows
         self.spilling: Sequence | None = None
         self.num_preemptions = 0
@@ -72,6 +76,7 @@ class Scheduler:
         self._reuse = reuse
         self._load = load
         self._spill = spill
+        self._share = BatchShare(max_num_batched_tokens)
         self._is_spilling_due = False
         self._lost: list[tuple[Sequence, ColdKvError]] = []
 
@@ -99,7 +104,7 @@ class Scheduler:
         return bool(self.waiting or self.prefilling or self.rows.sequences or self.spilling)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence into the queue, by age."""
+        """Put a sequence into the queue, by its order."""
         _insert(self.waiting, sequence)
 
     def begin_probe(self, sequence: Sequence) -> None:
@@ -157,18 +162,26 @@ class Scheduler:
         return lost
 
     def _schedule_others(self, now: float) -> list[PrefillChunk]:
-        """Give every decoding sequence room for its token, preempting the newest where blocks lack,
+        """Give every decoding sequence room for its token, preempting the last where blocks lack,
         admit waiting sequences if nothing had to give way, and share out the tokens."""
+        self.rows.skips_batch = False
         preempted_before = self.num_preemptions
         for sequence in self.rows.needing_a_block():
             self._keep_filled(sequence)
             self._make_room(sequence)
         if not self.prefilling and not self.waiting:
             return []
-        budget = self._max_num_batched_tokens - self.rows.num_decoding
+        if self._has_interactive():
+            self._share.note_interactive(now)
+        batch_tokens = self._share.prompt_tokens(now)
         if self.num_preemptions == preempted_before:
-            self._admit(budget - sum(s.num_to_compute for s in self.prefilling), now)
-        return self._chunks(budget)
+            self._admit(batch_tokens, now)
+        return self._chunks(batch_tokens)
+
+    def _has_interactive(self) -> bool:
+        lines = (self.prefilling, self.waiting)
+        is_decoding = self.rows.num_decoding > self.rows.num_batch
+        return is_decoding or any(line and line[0].is_interactive for line in lines)
 
     def _keep_filled(self, sequence: Sequence) -> None:
         """Keep a cache block that a decoding sequence has just filled. (A sequence that fills a
@@ -194,7 +207,7 @@ class Scheduler:
             if self._blocks.num_free:
                 self.rows.append_block(sequence, self._blocks.allocate(1)[0])
                 return
-            self._preempt(max(self._running(), key=lambda running: running.arrival))
+            self._preempt(max(self._running(), key=lambda running: running.order))
 
     def _running(self) -> list[Sequence]:
         spilling = [] if self.spilling is None else [self.spilling]
@@ -219,16 +232,24 @@ class Scheduler:
         self.num_preemptions += 1
         self.add(sequence)
 
-    def _admit(self, budget: int, now: float) -> None:
-        """Admit waiting sequences while tokens, rows, state slots and blocks are left.
+    def _admit(self, batch_tokens: int, now: float) -> None:
+        """Admit waiting sequences while tokens, rows, state slots and blocks are left; for an
+        interactive one batch sequences give way.
 
         One block per running sequence stays free, so that an admission does not cause a
         preemption in the next few steps.
         """
-        while budget > 0 and self.waiting and self._state_slots.num_free:
+        budget = self._max_num_batched_tokens - self.rows.num_decoding
+        prefilling = sum(s.num_to_compute for s in self.prefilling if s.is_interactive)
+        left = budget - prefilling
+        batch_left = min(budget, batch_tokens) - sum(s.num_to_compute for s in self.prefilling)
+        while self.waiting and (sequence := self._next_waiting()) is not None:
+            if (left if sequence.is_interactive else batch_left) <= 0:
+                return
             num_running = self.num_running
-            sequence = self._next_waiting()
-            if sequence is None or num_running >= self._max_num_seqs:
+            if num_running >= self._max_num_seqs or not self._state_slots.num_free:
+                if self._gives_way(sequence):
+                    continue
                 return
             match = NO_MATCH if self._reuse is None else self._reuse.find(sequence)
             if match is None:
@@ -240,16 +261,29 @@ class Scheduler:
                 need = self._blocks.blocks_for(sequence.num_tokens) - match.num_blocks
                 need += match.num_spare
             if need + num_running > self._blocks.num_free:
+                if self._gives_way(sequence):
+                    continue
                 return
             self.waiting.remove(sequence)
             self._start(sequence, match, is_long)
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
             if sequence.state is SequenceState.RUNNING and not is_long:
-                budget -= sequence.num_to_compute
+                batch_left -= sequence.num_to_compute
+                if sequence.is_interactive:
+                    left -= sequence.num_to_compute
+
+    def _gives_way(self, sequence: Sequence) -> bool:
+        """Preempt the newest batch sequence for an interactive one; return whether there was
+        any."""
+        others = [running for running in self._running() if not running.is_interactive]
+        if not (sequence.is_interactive and others):
+            return False
+        self._preempt(max(others, key=lambda running: running.order))
+        return True
 
     def _next_waiting(self) -> Sequence | None:
-        """Return the oldest that may be admitted: while one spills, another long one holds back
+        """Return the first that may be admitted: while one spills, another long one holds back
         nobody."""
         if self.spilling is None or self._spill is None:
             return self.waiting[0]
@@ -286,18 +320,30 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             _insert(self.prefilling, sequence)
 
-    def _chunks(self, budget: int) -> list[PrefillChunk]:
-        """Share the budget among the prefilling sequences, oldest first."""
+    def _chunks(self, batch_tokens: int) -> list[PrefillChunk]:
+        """Share the step's tokens among the prefilling sequences in their order, and decide whether
+        batch sequences are in the step.
+
+        Args:
+            batch_tokens: Most tokens of prompts of batch sequences.
+        """
+        budget = self._max_num_batched_tokens - self.rows.num_decoding
+        has_interactive = bool(self.prefilling) and self.prefilling[0].is_interactive
+        is_without_batch = self._share.leaves_out(has_interactive)
         chunks = []
         prompt_rows_left = self._max_prompt_rows
         for sequence in self.prefilling:
-            if budget == 0:
+            is_batch = not sequence.is_interactive
+            room = min(budget, batch_tokens) if is_batch else budget
+            if room == 0 or (is_batch and is_without_batch):
                 break
-            chunk, num_prompt_rows = self._chunk(sequence, budget, prompt_rows_left)
+            chunk, num_prompt_rows = self._chunk(sequence, room, prompt_rows_left)
             prompt_rows_left -= num_prompt_rows
             if chunk is not None:
                 budget -= chunk.stop - chunk.start
+                batch_tokens -= chunk.stop - chunk.start if is_batch else 0
                 chunks.append(chunk)
+        self.rows.skips_batch = is_without_batch and bool(chunks)
         return chunks
 
     def _chunk(
@@ -358,8 +404,8 @@ class Scheduler:
 
 
 def _insert(queue: list[Sequence] | deque[Sequence], sequence: Sequence) -> None:
-    """Insert by age, oldest first; most come in order."""
+    """Insert by order, first in line first; most come at the end."""
     index = len(queue)
-    while index and queue[index - 1].arrival > sequence.arrival:
+    while index and queue[index - 1].order > sequence.order:
         index -= 1
     queue.insert(index, sequence)

@@ -23,6 +23,7 @@ from router.engine.request import (
     FinishReason,
     Logprobs,
     PrefillProgress,
+    Priority,
     Sink,
     Timings,
 )
@@ -54,6 +55,7 @@ class Sequence:
         "cold",
         "first_token_s",
         "index",
+        "is_interactive",
         "last_token_s",
         "max_new_tokens",
         "num_cached",
@@ -97,7 +99,8 @@ class Sequence:
         self.index = index
         self.sink = sink
         self.arrival = arrival
-        """Position in the order of submission: older goes first, the newest is preempted first."""
+        """Position in the order of submission."""
+        self.is_interactive = request.priority is Priority.INTERACTIVE
         self.prompt = prompt
         self.prompt_len = len(prompt)
         self.output_ids: list[int] = []
@@ -148,6 +151,11 @@ class Sequence:
             f"Sequence({self.request_id}/{self.index} {self.state.value}, "
             f"{self.prompt_len}+{len(self.output_ids)} tokens, {self.num_computed} computed)"
         )
+
+    @property
+    def order(self) -> tuple[bool, int]:
+        """Lower goes first, the highest is preempted first: interactive before batch, then age."""
+        return not self.is_interactive, self.arrival
 
     @property
     def num_generated(self) -> int:

@@ -174,18 +174,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.ListModelsRequest, context: Context
     ) -> generation_pb2.ListModelsResponse:
         """Return the served model; see `generation.proto`."""
-        model = self._reader.model
-        return generation_pb2.ListModelsResponse(
-            models=[
-                generation_pb2.Model(
-                    name=model.name,
-                    model_type=model.model_type,
-                    max_model_len=model.max_model_len,
-                    vocab_size=model.vocab_size,
-                    dtype=model.dtype,
-                )
-            ]
-        )
+        return generation_pb2.ListModelsResponse(models=[self._reader.description])
 
     async def CancelRequests(
         self, request: generation_pb2.CancelRequestsRequest, context: Context

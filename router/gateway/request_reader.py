@@ -10,7 +10,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from protos.errors import (
@@ -20,7 +20,7 @@ from protos.errors import (
 )
 from protos.v1 import generation_pb2
 from protos.validate import RequestLimits, validate_generate
-from router.engine.request import EngineRequest, SamplingParams, StoppingParams
+from router.engine.request import EngineRequest, Priority, SamplingParams, StoppingParams
 from router.gateway.defaults import SamplingDefaults
 from router.gateway.stream import MAX_PENDING_TOKENS, StreamOptions
 from router.gateway.text import TextProcessor, TextStop, TextStream
@@ -29,6 +29,12 @@ LARGE_INPUT_BYTES = 16 << 10
 """Requests from this size on are checked and tokenised in a thread, not in the event loop."""
 MAX_PROMPT_LOGPROB_VALUES = 4 << 20
 """Most values that a prompt's log-probabilities may have: they travel in one message."""
+
+PRIORITIES = {
+    generation_pb2.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
+    generation_pb2.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    generation_pb2.PRIORITY_BATCH: Priority.BATCH,
+}
 
 T = TypeVar("T")
 
@@ -42,6 +48,8 @@ class ServedModel:
     max_model_len: int
     vocab_size: int
     dtype: str
+    weights_digest: str = ""
+    """See `experts.weights_digest`; empty: unknown."""
 
     @property
     def limits(self) -> RequestLimits:
@@ -177,6 +185,7 @@ class RequestReader:
             logprobs=output.top_logprobs if output.HasField("top_logprobs") else None,
             prompt_logprobs=output.prompt_logprobs if wants_prompt else None,
             deadline=deadline,
+            priority=PRIORITIES[request.priority],
             text_stop=(lambda: TextStop(self._new_text(request))) if stopping.stop else None,
             forced_ids=forced_ids,
             **extra,
@@ -195,6 +204,21 @@ class RequestReader:
             seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
             n=sampling.n if sampling.HasField("n") else 1,
             logit_bias=dict(sampling.logit_bias),
+        )
+
+    @property
+    def description(self) -> generation_pb2.Model:
+        """What is served, for `ListModels`."""
+        model = self.model
+        return generation_pb2.Model(
+            name=model.name,
+            model_type=model.model_type,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            dtype=model.dtype,
+            weights_digest=model.weights_digest,
+            text_digest=self.text.digest,
+            sampling_defaults_json=json.dumps(asdict(self._defaults)),
         )
 
     def _value(self, sampling: generation_pb2.Sampling, name: str) -> Any:

@@ -10,6 +10,7 @@ Words: *delta*, text that is final and goes out; *held* text might still become 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -37,6 +38,7 @@ class TextProcessor:
         tokenizer: None where the checkpoint has none.
         chat_template: Jinja source; None where the checkpoint has none.
         special_tokens: `bos_token`, `eos_token`, ... for the template.
+        digest: Names what turns a chat into token ids; empty: unknown.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class TextProcessor:
         tokenizer: Tokenizer | None,
         chat_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
+        digest: str = "",
     ) -> None:
+        self.digest = digest
         self._tokenizer = tokenizer
         self._template = None if chat_template is None else compile_template(chat_template)
         self._special_tokens = dict(special_tokens or {})
@@ -75,8 +79,11 @@ class TextProcessor:
         template_file = folder / "chat_template.jinja"
         if template_file.exists():
             template = template_file.read_text(encoding="utf-8")
+        special = _special_tokens(config)
+        digest = hashlib.sha256(file.read_bytes() if tokenizer is not None else b"")
+        digest.update(json.dumps([template, special], sort_keys=True).encode())
         try:
-            return cls(tokenizer, template, _special_tokens(config))
+            return cls(tokenizer, template, special, digest.hexdigest())
         except jinja2.TemplateError as error:
             raise CheckpointError(str(folder), f"no chat template: {error}") from error
 

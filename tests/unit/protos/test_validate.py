@@ -266,3 +266,12 @@ def test_ids() -> None:
     for wrong in ("", "a" * 129, "a\n", "ü", "a b"):
         with pytest.raises(InvalidFieldError, match="request_id must be 1 to 128 characters"):
             ids.check_id(wrong, field="request_id")
+
+
+def test_a_priority_of_a_later_version_is_refused() -> None:
+    message = request()
+    message.priority = generation_pb2.PRIORITY_BATCH
+    validate_generate(message, LIMITS)
+    message.priority = 7  # type: ignore[assignment]
+    names = "PRIORITY_UNSPECIFIED, PRIORITY_INTERACTIVE, PRIORITY_BATCH"
+    assert violations(message) == [("priority", f"must be one of {names}", 7)]

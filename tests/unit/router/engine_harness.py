@@ -28,7 +28,7 @@ EOS = 3
 MAX_MODEL_LEN = 48
 REQUEST_FIELDS = (
     *("logprobs", "prompt_logprobs", "deadline", "text_stop"),
-    *("namespace", "junctions", "forced_ids", "session"),
+    *("namespace", "junctions", "forced_ids", "session", "priority"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -181,7 +182,12 @@ def test_an_error_of_the_request_keeps_the_router(
         assert client.complete(PROMPT, max_tokens=1).token_ids
     with Client(["127.0.0.1:1", first.address], QUICK) as client:
         assert client.complete(PROMPT, max_tokens=1).token_ids
-        assert [m.name for m in client.list_models()] == ["script"]
+        [model] = client.list_models()
+        assert (model.name, json.loads(model.sampling_defaults_json)["temperature"]) == (
+            "script",
+            1,
+        )
+        assert client.complete(PROMPT, max_tokens=1, priority="batch").token_ids
     with pytest.raises(ValueError, match="needs the address"):
         Client(" , ")
 

@@ -17,7 +17,7 @@ from protos.errors import (
 )
 from router.engine.batch import Batch
 from router.engine.engine import Engine
-from router.engine.request import EngineRequest, FinishReason, StoppingParams
+from router.engine.request import EngineRequest, FinishReason, Priority, StoppingParams
 from tests.unit.router.engine_harness import (
     EOS,
     MAX_MODEL_LEN,
@@ -52,6 +52,7 @@ OPTIONS = st.fixed_dictionaries(
         "stop_token_ids": st.just((11, 12)),
         "logprobs": st.integers(0, 2),
         "prompt_logprobs": st.integers(0, 2),
+        "priority": st.sampled_from(Priority),
     },
 )
 PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=23)

@@ -6,7 +6,8 @@ import numpy as np
 
 from router.engine.batch_rows import BatchRows, PrefillChunk
 from router.engine.block_manager import BlockManager
-from router.engine.request import EngineRequest, SamplingParams, StoppingParams
+from router.engine.priority import BATCH_EVERY, BATCH_PROMPT_PART, QUIET_S
+from router.engine.request import EngineRequest, Priority, SamplingParams, StoppingParams
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, SequenceState
 from router.engine.state_pool import StatePool
@@ -43,7 +44,12 @@ class Table:
         )
         self.arrivals = 0
 
-    def add(self, prompt_len: int, prompt_logprobs: int | None = None) -> Sequence:
+    def add(
+        self,
+        prompt_len: int,
+        prompt_logprobs: int | None = None,
+        priority: Priority = Priority.INTERACTIVE,
+    ) -> Sequence:
         prompt = [1] * prompt_len
         sequence = Sequence(
             EngineRequest(
@@ -52,6 +58,7 @@ class Table:
                 sampling=SamplingParams(temperature=0.0),
                 stopping=StoppingParams(max_tokens=50),
                 prompt_logprobs=prompt_logprobs,
+                priority=priority,
             ),
             0,
             lambda output: None,
@@ -64,8 +71,11 @@ class Table:
         self.scheduler.add(sequence)
         return sequence
 
-    def step(self) -> list[PrefillChunk]:
-        chunks = self.scheduler.schedule(0.0)
+    def add_batch(self, prompt_len: int) -> Sequence:
+        return self.add(prompt_len, priority=Priority.BATCH)
+
+    def step(self, now: float = 0.0) -> list[PrefillChunk]:
+        chunks = self.scheduler.schedule(now)
         sampled = self.rows.build(chunks).sampled
         decoding = self.rows.sequences.copy()
         for chunk in chunks:
@@ -178,3 +188,95 @@ def test_finishing_frees_everything_wherever_the_sequence_is() -> None:
         assert sequence.is_finished
     assert not table.scheduler.has_work
     assert table.blocks.num_used == table.slots.num_used == 0
+
+
+def test_interactive_goes_first_in_queue_and_tokens() -> None:
+    table = Table(budget=16)
+    batch, interactive = table.add_batch(20), table.add(20)
+    assert spans(table.step()) == [(interactive.arrival, 0, 16)]
+    assert spans(table.step()) == [(interactive.arrival, 16, 20)]
+    # Beside interactive traffic a batch prompt gets an eighth of the step's tokens.
+    assert 16 // BATCH_PROMPT_PART == 2
+    assert spans(table.step()) == [(batch.arrival, 0, 2)]
+    table.scheduler.finish(interactive)
+    assert spans(table.step(QUIET_S - 1)) == [(batch.arrival, 2, 4)]
+    assert spans(table.step(QUIET_S + 1)) == [(batch.arrival, 4, 20)]
+
+
+def test_steps_with_an_interactive_prompt_leave_batch_out_but_every_eighth() -> None:
+    table = Table(budget=8, num_blocks=200)
+    batch = table.add_batch(3)
+    table.step()
+    interactive = table.add(150)
+    grew = []
+    while not interactive.is_decoding:
+        before = batch.num_generated
+        table.step()
+        grew.append(batch.num_generated > before)
+    # 7 tokens a step: the row of the batch sequence keeps its place in the budget.
+    assert len(grew) == 22
+    assert [step for step, did in enumerate(grew, 1) if did] == [BATCH_EVERY, 2 * BATCH_EVERY]
+    before = batch.num_generated
+    table.step()
+    assert batch.num_generated == before + 1
+
+
+def test_rows_keep_their_place_when_both_kinds_come_and_go() -> None:
+    table = Table(budget=16, num_blocks=200)
+    kinds = "bibbiibi"
+    made = [table.add_batch(2) if kind == "b" else table.add(2) for kind in kinds]
+    while not all(sequence.is_decoding for sequence in made):
+        table.step()
+    for sequence in (made[2], made[4], made[0], made[7]):
+        table.scheduler.finish(sequence)
+        rows = table.rows
+        num_batch = sum(not s.is_interactive for s in rows.sequences)
+        assert rows.num_batch == num_batch
+        assert all(not s.is_interactive for s in rows.sequences[:num_batch])
+        assert [s.row for s in rows.sequences] == list(range(rows.num_decoding))
+        built = rows.build([]).batch
+        assert built.state_slots.tolist() == [s.state_slot for s in rows.sequences]
+        assert built.positions.tolist() == [s.num_computed for s in rows.sequences]
+
+
+def test_a_step_without_batch_rows_counts_from_its_own_first_row() -> None:
+    table = Table(budget=16, num_blocks=200)
+    batch, old = table.add_batch(3), table.add(3)
+    while not (batch.is_decoding and old.is_decoding):
+        table.step()
+    new = table.add(5)
+    chunks = table.scheduler.schedule(0.0)
+    built = table.rows.build(chunks)
+    assert built.sampled == [old, new]
+    assert built.batch.query_start.tolist() == [0, 1, 6]
+    assert built.batch.logit_rows.tolist() == [0, 5]
+    assert built.batch.state_slots.tolist() == [old.state_slot, new.state_slot]
+    assert built.batch.positions.tolist() == [old.num_computed, *range(5)]
+
+
+def test_batch_gives_its_seat_and_its_blocks_to_interactive() -> None:
+    for table in (Table(max_num_seqs=2), Table(slots=2), Table(num_blocks=5)):
+        first, second = table.add_batch(4), table.add_batch(4)
+        table.step()
+        assert [s.state for s in (first, second)] == [SequenceState.RUNNING] * 2
+        third, interactive = table.add_batch(4), table.add(4)
+        table.step()
+        assert interactive.state is first.state is SequenceState.RUNNING
+        assert second.state is SequenceState.PREEMPTED
+        assert list(table.scheduler.waiting) == [second, third]
+
+
+def test_interactive_takes_nothing_from_interactive() -> None:
+    table = Table(max_num_seqs=1)
+    running, waiting = table.add(4), table.add(4)
+    table.step()
+    assert running.state is SequenceState.RUNNING
+    assert waiting.state is SequenceState.WAITING
+
+
+def test_when_blocks_run_out_batch_gives_way_whatever_its_age() -> None:
+    table = Table(num_blocks=5)
+    batch, interactive = table.add_batch(4), table.add(4)
+    while batch.state is not SequenceState.PREEMPTED:
+        table.step()
+    assert interactive.is_decoding
