@@ -150,6 +150,21 @@ class ResourceError(SetupError):
         )
 
 
+class BatchChangedError(SetupError):
+    """A batch cannot go on: what its finished rows depend on is not what it was."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "BATCH_CHANGED"
+
+    def __init__(self, output: str, changed: tuple[str, ...]) -> None:
+        super().__init__(
+            f"the batch in {clip(output, 150)} cannot go on with something else"
+            f" ({'; '.join(changed)}); give the same again, or another output",
+            output=output,
+            changed=tuple(changed),
+        )
+
+
 class InternalError(ExpertMeshError):
     """A fault of ours. The log of the answering process has the rest, under the request id."""
 

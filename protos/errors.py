@@ -40,6 +40,7 @@
     |  +- UnsupportedArchitectureError FAILED_PRECONDITION  UNSUPPORTED_ARCHITECTURE  never
     |  +- ConfigurationError          INVALID_ARGUMENT      CONFIGURATION             never
     |  +- ResourceError               FAILED_PRECONDITION   RESOURCE                  never
+    |  +- BatchChangedError           FAILED_PRECONDITION   BATCH_CHANGED             never
     +- InternalError                  INTERNAL              INTERNAL                  never
 
 On the wire an error is a `google.rpc.Status` in the trailer `grpc-status-details-bin`: one
@@ -64,6 +65,7 @@ from google.protobuf import message as protobuf_message
 from google.rpc import error_details_pb2, status_pb2
 
 from protos.cluster_errors import (
+    BatchChangedError,
     CheckpointError,
     ConfigurationError,
     ExpertCallError,
@@ -128,6 +130,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "MAX_VALUE_BYTES",
     "MAX_VIOLATIONS",
+    "BatchChangedError",
     "CheckpointError",
     "ClientStalledError",
     "ColdKvError",

@@ -60,6 +60,7 @@ EXAMPLES: list[ExpertMeshError] = [
     errors.NonFiniteError("logits"),
     errors.CheckpointError("/models/x", "missing", "lm_head.weight"),
     errors.CheckpointError("/models/x", "missing"),
+    errors.BatchChangedError("/out", ("model.weights: begun with 1, now 2",)),
     errors.UnsupportedArchitectureError("llama", ("qwen3_5", "qwen3_5_moe")),
     errors.ConfigurationError("cluster.port", "must be in [0, 65535]", 70_000, "try 50051"),
     errors.ResourceError("memory", "12 GiB", "4 GiB", "use bfloat16"),

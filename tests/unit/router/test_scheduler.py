@@ -280,3 +280,4 @@ def test_when_blocks_run_out_batch_gives_way_whatever_its_age() -> None:
     while batch.state is not SequenceState.PREEMPTED:
         table.step()
     assert interactive.is_decoding
+    assert interactive.num_preemptions == 0

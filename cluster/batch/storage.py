@@ -1,0 +1,121 @@
+"""Files of a batch, wherever they are: any file system that pyarrow knows, by path or URI.
+
+A file appears whole or not at all: on a local disk it is written beside its place and renamed, an
+object store gets it in a single put.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from protos.errors import ConfigurationError
+
+TEMPORARY = ".tmp-"
+"""Prefix of files that are not whole yet; a crash leaves some behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file or folder in a file system."""
+
+    uri: str
+    """As it was given."""
+    filesystem: Any
+    path: str
+    """Within the file system."""
+
+    @classmethod
+    def of(cls, uri: str, field: str) -> Place:
+        """Return the place of a path or URI.
+
+        Raises:
+            ConfigurationError: There is no such file system; `field` names the option.
+        """
+        try:
+            if "://" in uri:
+                filesystem, path = fs.FileSystem.from_uri(uri)
+            else:
+                filesystem, path = fs.LocalFileSystem(), str(Path(uri).resolve())
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ConfigurationError(field, f"must be a path or URI ({error})", uri) from error
+        return cls(uri, filesystem, path.rstrip("/"))
+
+    def child(self, name: str) -> str:
+        """Return the path of something in this folder."""
+        return posixpath.join(self.path, name)
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's content; None: there is no such file."""
+        try:
+            with self.filesystem.open_input_stream(self.child(name)) as stream:
+                content: bytes = stream.read()
+        except FileNotFoundError:
+            return None
+        return content
+
+    def read_json(self, name: str) -> Any:
+        """Return a JSON file's content; None: there is no such file."""
+        content = self.read(name)
+        return None if content is None else json.loads(content)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all, over what is there."""
+        path = self.child(name)
+        folder = posixpath.dirname(path)
+        self.filesystem.create_dir(folder, recursive=True)
+        if not self.is_local:
+            with self.filesystem.open_output_stream(path) as stream:
+                stream.write(content)
+            return
+        name = f"{TEMPORARY}{posixpath.basename(path)}-{uuid.uuid4().hex[:8]}"
+        temporary = posixpath.join(folder, name)
+        with self.filesystem.open_output_stream(temporary) as stream:
+            stream.write(content)
+        self.filesystem.move(temporary, path)
+
+    def write_json(self, name: str, document: Any) -> None:
+        """Write a JSON file; see `write`."""
+        self.write(name, json.dumps(document, indent=1, ensure_ascii=False).encode())
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a rename is one act here."""
+        return bool(self.filesystem.type_name == "local")
+
+    def names(self, folder: str = "") -> Iterator[str]:
+        """Yield the names of the whole files in a folder below this one, sorted."""
+        selector = fs.FileSelector(
+            self.child(folder) if folder else self.path, allow_not_found=True
+        )
+        for found in sorted(self.filesystem.get_file_info(selector), key=lambda f: f.base_name):
+            if found.type == fs.FileType.File and not found.base_name.startswith(TEMPORARY):
+                yield found.base_name
+
+    def delete_temporary(self, folder: str = "") -> None:
+        """Delete what crashed writers left in a folder."""
+        selector = fs.FileSelector(
+            self.child(folder) if folder else self.path, allow_not_found=True
+        )
+        for found in self.filesystem.get_file_info(selector):
+            if found.type == fs.FileType.File and found.base_name.startswith(TEMPORARY):
+                self.filesystem.delete_file(found.path)
+
+
+def check_not_there(place: Place, name: str, field: str) -> None:
+    """Refuse an output folder with files of somebody else.
+
+    Raises:
+        ConfigurationError: There are files, and `name` is not among them.
+    """
+    names = list(place.names())
+    if names and name not in names:
+        raise ConfigurationError(field, "must be empty, or the output of this batch", place.uri)

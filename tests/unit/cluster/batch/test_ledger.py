@@ -1,0 +1,122 @@
+"""What the output folder says is done, whatever died between two writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.batch.identity import Identity, identity_of
+from cluster.batch.ledger import DONE, JOB, Ledger
+from cluster.batch.outcomes import Counts, Outcome, refused
+from cluster.batch.rows import RowDefaults
+from cluster.batch.source import Format
+from cluster.batch.storage import TEMPORARY, Place
+from protos.errors import BatchChangedError, ConfigurationError, InvalidFieldError
+from protos.v1 import generation_pb2
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2}
+BODY = {"choices": [{"text": "hi\u2028", "finish_reason": "stop"}], "usage": USAGE}
+GOOD = Outcome(number=0, custom_id="a", response={"status_code": 200, "body": BODY}, **USAGE)
+BAD = refused(1, None, InvalidFieldError("row", "must be JSON", "{"))
+JOB_DOCUMENT: dict[str, Any] = {"config_hash": "c", "input": "in", "identity": {}}
+
+
+def ledger(path: Path, kind: Format = "jsonl") -> Ledger:
+    return Ledger(Place.of(str(path), "output"), kind)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_part_is_done_once_its_file_is_there(tmp_path: Path, kind: Format) -> None:
+    own = ledger(tmp_path, kind)
+    assert own.begun_with() is None
+    own.begin(JOB_DOCUMENT)
+    own.try_part(3)
+    committed = own.commit(3, [GOOD, BAD])
+    assert committed.counts == Counts(rows=2, failed=1, prompt_tokens=3, completion_tokens=2)
+    assert own.done() == {3: committed}
+    (tmp_path / DONE / "00000003.json").unlink()  # the writer died before its note
+    assert own.done() == {3: committed}
+    assert ledger(tmp_path, kind).begun_with() == JOB_DOCUMENT
+
+
+def test_a_part_committed_twice_is_there_once(tmp_path: Path) -> None:
+    own = ledger(tmp_path)
+    own.begin(JOB_DOCUMENT)
+    for _ in range(2):
+        own.try_part(0)
+        own.commit(0, [GOOD, BAD])
+    [file] = tmp_path.glob("part-*")
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    assert [(line["row"], line["custom_id"]) for line in lines] == [(0, "a"), (1, None)]
+    assert lines[0]["error"] is lines[1]["response"] is None
+    assert lines[1]["error"] == {
+        "code": "INVALID_ARGUMENT",
+        "reason": "INVALID_FIELD",
+        "message": 'invalid request: row must be JSON, got "{"',
+    }
+    manifest = own.finish(JOB_DOCUMENT, list(own.done().values()))
+    assert own.manifest() == manifest
+    assert (manifest["rows"], manifest["failed"], manifest["parts_repeated"]) == (2, 1, 1)
+
+
+def test_what_a_crashed_writer_left_is_no_part(tmp_path: Path) -> None:
+    own = ledger(tmp_path)
+    own.begin(JOB_DOCUMENT)
+    left = tmp_path / f"{TEMPORARY}part-00000000.jsonl-12"
+    left.write_text("{")
+    assert own.done() == {}
+    assert not left.exists()
+
+
+def test_a_table_has_columns_for_readers_who_want_the_text(tmp_path: Path) -> None:
+    own = ledger(tmp_path, "parquet")
+    own.commit(0, [GOOD, BAD])
+    [file] = tmp_path.glob("part-*.parquet")
+    first, second = pq.read_table(file).to_pylist()
+    assert (first["text"], first["finish_reason"], first["error_code"]) == (
+        "hi\u2028",
+        "stop",
+        None,
+    )
+    assert (second["row"], second["error_reason"]) == (1, "INVALID_FIELD")
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match="output must be empty, or the output of this"):
+        ledger(tmp_path).begun_with()
+    assert not (tmp_path / JOB).exists()
+
+
+def identity(**changes: Any) -> Identity:
+    model = generation_pb2.Model(
+        name="tiny", weights_digest=changes.pop("weights", "w1"), text_digest="t1"
+    )
+    values: dict[str, Any] = {
+        "input_digest": "d1",
+        "num_rows": 4,
+        "input_format": "jsonl",
+        "output_format": "jsonl",
+        "id_field": "custom_id",
+        "part_rows": 2,
+        "limit": None,
+        "defaults": RowDefaults(),
+    }
+    return identity_of(**(values | changes), model=model)
+
+
+def test_going_on_with_something_else_is_refused_by_name() -> None:
+    begun = json.loads(json.dumps(identity().values))
+    identity().check_same(begun, "/out")
+    assert identity().config_hash == identity().config_hash
+    changed = identity(weights="w2", defaults=RowDefaults(temperature=0.0), input_digest="d2")
+    assert changed.config_hash != identity().config_hash
+    with pytest.raises(BatchChangedError) as caught:
+        changed.check_same(begun, "/out")
+    names = [text.split(":")[0] for text in caught.value.fields["changed"]]  # type: ignore[union-attr]
+    assert names == ["input.digest", "model.weights", "sampling.defaults"]
+    assert 'model.weights: begun with "w1", now "w2"' in caught.value.message
