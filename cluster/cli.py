@@ -122,6 +122,16 @@ SnapshotInterval = Annotated[
 SessionTtl = Annotated[
     float | None, _setting("state.session_ttl_s", "--session-ttl", panel="State")
 ]
+WaitReplicas = Annotated[
+    int | None, _setting("state.wait_replicas", "--wait-replicas", panel="State")
+]
+CommitIntervalTokens = Annotated[
+    int | None,
+    _setting("state.commit_interval_tokens", "--commit-interval-tokens", panel="State"),
+]
+CommitIntervalS = Annotated[
+    float | None, _setting("state.commit_interval_s", "--commit-interval-s", panel="State")
+]
 ColdKvGib = Annotated[float | None, _setting("engine.cold_kv_gib", "--cold-kv-gib", panel="Engine")]
 RayAddress = Annotated[
     str | None, _setting("cluster.ray_address", "--ray-address", panel="Cluster")
@@ -182,6 +192,9 @@ def serve(
     snapshot_cache_gib: SnapshotCacheGib = None,
     snapshot_interval: SnapshotInterval = None,
     session_ttl: SessionTtl = None,
+    wait_replicas: WaitReplicas = None,
+    commit_interval_tokens: CommitIntervalTokens = None,
+    commit_interval_s: CommitIntervalS = None,
     ray_address: RayAddress = None,
     namespace: Namespace = None,
     start_timeout: StartTimeout = None,
@@ -233,6 +246,9 @@ def serve(
                 "state.snapshot_cache_gib": snapshot_cache_gib,
                 "state.snapshot_interval_tokens": snapshot_interval,
                 "state.session_ttl_s": session_ttl,
+                "state.wait_replicas": wait_replicas,
+                "state.commit_interval_tokens": commit_interval_tokens,
+                "state.commit_interval_s": commit_interval_s,
                 "cluster.ray_address": ray_address,
                 "cluster.namespace": namespace,
                 "cluster.start_timeout_s": start_timeout,

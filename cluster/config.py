@@ -129,6 +129,14 @@ class StateSection:
     """Memory of each router for what waits to be written, in MiB; what does not fit is dropped."""
     session_ttl_s: float = number(604800.0, minimum=1)
     """Seconds that an idle session is kept, unless it was made with another TTL."""
+    wait_replicas: int = number(0, minimum=0, maximum=16)
+    """Replicas of redis_url that must have a commit, a new, forked or deleted session, before it
+    counts; with fewer of them sessions are refused."""
+    commit_interval_tokens: int = number(64, minimum=1)
+    """Generated tokens of a running turn after which they are saved; those since are drawn again
+    when its router dies."""
+    commit_interval_s: float = number(1.0, minimum=0.01, maximum=5.0)
+    """Seconds after which they are saved at the latest; at most a third of a lease."""
     tenant_salt: str | None = secret(None)
     """Text that sets this service's cached KV apart from others on the same servers."""
 
@@ -238,6 +246,13 @@ def load_config(
             "engine.max_num_batched_tokens",
             f"must be at least engine.max_num_seqs ({config.engine.max_num_seqs})",
             config.engine.max_num_batched_tokens,
+        )
+    state = config.state
+    if state.wait_replicas and state.enabled and not (state.redis_url or state.blob_urls):
+        raise ConfigurationError(
+            "state.wait_replicas",
+            "must be 0 without state.redis_url: the embedded Valkey has no replicas",
+            state.wait_replicas,
         )
     return Loaded(config, origins)
 

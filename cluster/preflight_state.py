@@ -44,7 +44,7 @@ def check_state_servers(section: StateSection) -> list[str]:
         if info is None:
             warnings.append(f"{endpoint} does not show its settings (INFO is not allowed)")
             continue
-        error, notes = judge(roles[endpoint], info)
+        error, notes = judge(roles[endpoint], info, section.wait_replicas)
         if error:
             raise ConfigurationError(settings[endpoint], error, str(endpoint))
         warnings += [f"{endpoint} {note}" for note in notes]
@@ -57,12 +57,15 @@ def state_urls(section: StateSection) -> tuple[str | None, tuple[str, ...]]:
     return meta, section.blob_urls or ((meta,) if meta is not None else ())
 
 
-def judge(roles: list[str], info: Mapping[str, Any]) -> tuple[str, list[str]]:
+def judge(
+    roles: list[str], info: Mapping[str, Any], wait_replicas: int = 0
+) -> tuple[str, list[str]]:
     """Return what forbids to use a server (empty: nothing), and what should be known about it.
 
     Args:
         roles: `meta`, `blob`, or both.
         info: Its answer to INFO.
+        wait_replicas: Replicas that a session's writes wait for.
     """
     version = str(info.get("redis_version", "0"))
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
@@ -80,6 +83,12 @@ def judge(roles: list[str], info: Mapping[str, Any]) -> tuple[str, list[str]]:
             notes.append("has no append-only file: a restart of it loses all sessions")
         if info.get("role") == "slave":
             return "must be a primary, not a replica", []
+        replicas = int(info.get("connected_slaves", 0))
+        if replicas < wait_replicas:
+            notes.append(
+                f"has {replicas} replicas: sessions are refused until there are {wait_replicas}"
+                " (state.wait_replicas)"
+            )
         if BLOB in roles:
             full = "it is full" if limit else "the machine's memory is full"
             notes.append(

@@ -22,8 +22,9 @@ from router.gateway.forwarding import Forwarder
 from router.gateway.heartbeat import Heartbeat
 from router.gateway.routing import RouterView
 from router.state.cold import BlobCold
-from router.state.control import ControlClient
+from router.state.control import ControlClient, ControlSettings
 from router.state.kv_store import KvStore
+from router.state.leases import StoreSettings
 from router.state.restore import ValueSizes
 from router.state.sessions import SessionStore
 from router.state.tier import BlobTier, TierSettings
@@ -91,8 +92,13 @@ class RouterState:
         access: Access,
     ) -> None:
         self.namespace = namespace
-        self._meta = ControlClient(servers.meta)
-        self.store = SessionStore(self._meta, engine=engine, boot=boot)
+        control = ControlSettings(wait_replicas=section.wait_replicas)
+        self._meta = ControlClient(servers.meta, control)
+        settings = StoreSettings(
+            commit_interval_tokens=section.commit_interval_tokens,
+            commit_interval_s=section.commit_interval_s,
+        )
+        self.store = SessionStore(self._meta, engine=engine, boot=boot, settings=settings)
         self._blobs = KvStore(servers.blobs, namespace)
         writer = WriterSettings(max_queue_bytes=section.write_queue_mib << 20)
         self.tier = BlobTier(self._blobs, sizes, TierSettings(writer=writer))

@@ -1,4 +1,7 @@
-"""Sizes of one engine, and what it says of itself."""
+"""Sizes of one engine, and what it says of itself.
+
+Defaults that `cluster.config` has, too, are the same there (`tests/unit/cluster/test_config.py`).
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ class EngineConfig:
     num_state_slots: int
     """State slots; fewer than `max_num_seqs` limit the running sequences further."""
 
-    block_size: int = 16
+    block_size: int = 32
     """Tokens a KV block."""
 
-    max_num_seqs: int = 256
+    max_num_seqs: int = 64
     """Most running sequences."""
 
     max_num_batched_tokens: int = 2048

@@ -14,12 +14,8 @@ from protos.v1 import generation_pb2
 from router.engine.request import EngineRequest, FinishReason, SessionHint, StepOutput
 from router.gateway.request_reader import RequestReader
 from router.gateway.turn_stream import TurnStream
+from router.state.leases import StoreSettings
 from router.state.session_records import Lease, TokenIds, TurnRecord
-
-SAVE_TOKENS = 64
-"""Generated tokens that wait at most before they are saved."""
-SAVE_INTERVAL_S = 1.0
-"""How long they wait at most."""
 
 
 class Turn:
@@ -31,6 +27,7 @@ class Turn:
         lease: Of the session.
         history: Tokens of earlier turns.
         prompt_ids: What this turn adds to them.
+        settings: How often it is saved.
         forced_ids: Generated tokens that are there already.
         num_saved: How many of them are in the store.
         resume_from: Sequence of the last message that the client has.
@@ -50,6 +47,7 @@ class Turn:
         lease: Lease,
         history: TokenIds,
         prompt_ids: TokenIds,
+        settings: StoreSettings,
         *,
         forced_ids: tuple[int, ...] = (),
         num_saved: int = 0,
@@ -68,6 +66,7 @@ class Turn:
         self.hint: SessionHint | None = None
         self.snapshots: dict[int, bytes] = {}
         self._reader = reader
+        self._settings = settings
         self._forced_ids = forced_ids
         self._junctions = junctions
         self._clock = clock
@@ -136,16 +135,16 @@ class Turn:
             self._unsaved_since = self._clock()
         self._stream.put(output)
         waiting = self._stream.num_savable - self.num_saved
-        if waiting and waiting % SAVE_TOKENS == 0:
+        if waiting and waiting % self._settings.commit_interval_tokens == 0:
             self._savable.set()
 
     async def wait_savable(self) -> bool:
-        """Return True when enough tokens wait to be saved, or after `SAVE_INTERVAL_S`.
+        """Return True when enough tokens wait to be saved, or have waited for long enough.
 
         False after `stop_saving`.
         """
         try:
-            async with asyncio.timeout(SAVE_INTERVAL_S):
+            async with asyncio.timeout(self._settings.commit_interval_s):
                 await self._savable.wait()
         except TimeoutError:
             pass

@@ -216,7 +216,14 @@ class SessionTurns:
             ),
         )
         return Turn(
-            self._reader, kept, lease, history, prompt, junctions=junctions, clock=self._clock
+            self._reader,
+            kept,
+            lease,
+            history,
+            prompt,
+            self._store.settings,
+            junctions=junctions,
+            clock=self._clock,
         )
 
     def _resumed(
@@ -243,6 +250,7 @@ class SessionTurns:
             lease,
             history,
             opened.prompt_ids,
+            self._store.settings,
             forced_ids=max(saved, held, key=len),
             num_saved=len(saved),
             resume_from=request.resume_from,

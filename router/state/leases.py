@@ -34,7 +34,7 @@ _OPEN_TOKENS = 1 + SessionKeys._fields.index("open_tokens")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
-    """How long things live."""
+    """How long things live, and how often a running turn is saved."""
 
     lease_s: float = 15.0
     """A lease that is not renewed for so long is free."""
@@ -42,6 +42,10 @@ class StoreSettings:
     """Its holder stops sending tokens so long before that."""
     max_snapshots: int = 32
     """Positions remembered of a session; the lowest go first."""
+    commit_interval_tokens: int = 64
+    """Generated tokens that wait at most before they are saved."""
+    commit_interval_s: float = 1.0
+    """How long they wait at most; a third of a lease or less."""
 
 
 class LeaseStore:
@@ -51,7 +55,7 @@ class LeaseStore:
         client: Calls to the meta server.
         engine: This router's name, in errors that others get.
         boot: Differs with every start of this process; random when empty.
-        settings: How long things live.
+        settings: How long things live, and how often a running turn is saved.
         clock: Monotonic seconds.
     """
 
@@ -70,7 +74,7 @@ class LeaseStore:
         check_id(self.boot, "boot")
         self._process = f"{engine}#{self.boot}#".encode()
         self._client = client
-        self._settings = settings or StoreSettings()
+        self.settings = settings or StoreSettings()
         self._clock = clock
         self._held: set[bytes] = set()
         self.num_fenced = 0
@@ -115,8 +119,8 @@ class LeaseStore:
             quota_tokens=reply[4],
             namespace=reply[5].decode(),
             renewed_at=sent_at,
-            ttl_s=self._settings.lease_s,
-            margin_s=self._settings.margin_s,
+            ttl_s=self.settings.lease_s,
+            margin_s=self.settings.margin_s,
         )
 
     async def renew(self, lease: Lease) -> Lease:
@@ -296,7 +300,7 @@ class LeaseStore:
 
     @property
     def _lease_ms(self) -> int:
-        return round(1000 * self._settings.lease_s)
+        return round(1000 * self.settings.lease_s)
 
     async def _fenced(
         self, script: Script, lease: Lease, *arguments: Argument, durable: bool = False

@@ -249,7 +249,7 @@ class SessionStore(LeaseStore):
         reply = await self._client.script(
             scripts.ATTACH,
             session_keys(tenant, session_id),
-            [num_tokens, position_hash, self._settings.max_snapshots],
+            [num_tokens, position_hash, self.settings.max_snapshots],
         )
         return bool(reply[0] == b"OK")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,12 @@ from cluster.config import (
     shown,
     to_json_schema,
 )
+from cluster.kv_budget import GIB
 from protos.errors import ConfigurationError
+from router.engine.config import EngineConfig
+from router.state.control import ControlSettings
+from router.state.leases import StoreSettings
+from router.state.writer import WriterSettings
 
 
 def test_command_line_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
@@ -103,6 +109,35 @@ def test_a_missing_file_and_a_foreign_suffix_are_named(tmp_path: Path) -> None:
     (tmp_path / "mesh.yaml").write_text("router: {}")
     with pytest.raises(ConfigurationError, match=r"must end in \.toml or \.json"):
         load_config(file=tmp_path / "mesh.yaml")
+
+
+def test_replicas_need_a_server_that_may_have_some() -> None:
+    given = {"state.wait_replicas": 1}
+    assert load_config(given | {"state.redis_url": "redis://h"}).config.state.wait_replicas == 1
+    assert load_config(given | {"state.blob_urls": ["redis://h"]}).config.state.wait_replicas == 1
+    assert load_config(given | {"state.enabled": False}).config.state.wait_replicas == 1
+    with pytest.raises(ConfigurationError, match=r"state\.wait_replicas must be 0 without state\."):
+        load_config(given)
+
+
+def test_a_default_that_another_package_has_is_the_same_there() -> None:
+    config = load_config().config
+    engine, state = config.engine, config.state
+    for kind, name, ours in (
+        (EngineConfig, "block_size", engine.block_size),
+        (EngineConfig, "max_num_seqs", engine.max_num_seqs),
+        (EngineConfig, "max_num_batched_tokens", engine.max_num_batched_tokens),
+        (EngineConfig, "max_queued", engine.max_queued),
+        (EngineConfig, "prefix_caching", engine.enable_prefix_caching),
+        (EngineConfig, "max_snapshot_bytes", state.snapshot_cache_gib * GIB),
+        (EngineConfig, "snapshot_interval", state.snapshot_interval_tokens),
+        (StoreSettings, "commit_interval_tokens", state.commit_interval_tokens),
+        (StoreSettings, "commit_interval_s", state.commit_interval_s),
+        (ControlSettings, "wait_replicas", state.wait_replicas),
+        (WriterSettings, "max_queue_bytes", state.write_queue_mib << 20),
+    ):
+        (default,) = [item.default for item in dataclasses.fields(kind) if item.name == name]
+        assert default == ours, f"{kind.__name__}.{name}"
 
 
 def test_groups_by_number_and_by_name() -> None:

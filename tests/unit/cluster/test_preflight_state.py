@@ -63,6 +63,13 @@ def test_what_may_not_be_meant_is_said(roles: list[str], info: dict[str, Any], n
     assert any(note in text for text in notes), notes
 
 
+def test_replicas_that_lack_are_counted() -> None:
+    (note,) = judge(["meta"], GOOD_META | {"connected_slaves": 1}, 2)[1]
+    assert note.startswith("has 1 replicas: sessions are refused until there are 2")
+    assert judge(["meta"], GOOD_META | {"connected_slaves": 2}, 2) == ("", [])
+    assert judge(["blob"], GOOD_BLOB, 2) == ("", [])
+
+
 def test_each_url_stands_in_for_the_other() -> None:
     assert state_urls(StateSection()) == (None, ())
     assert state_urls(StateSection(redis_url="redis://m")) == ("redis://m", ("redis://m",))

@@ -15,6 +15,7 @@ from protos.errors import (
     SessionQuotaError,
 )
 from protos.v1 import generation_pb2
+from router.state.leases import StoreSettings
 from tests.eventually import eventually
 from tests.store_servers import StoreServer, running_store, server_binaries
 from tests.unit.router.gateway_service import EOS, MAX_MODEL_LEN, TEXT, GatewayService, ScriptModel
@@ -177,6 +178,34 @@ def test_a_cancelled_turn_keeps_what_was_delivered(
     assert [m.sequence for m in held] == list(range(1, len(held) + 1))
     (turn,) = ask(server, lambda store: store.turns("", "cancelled"))
     assert turn.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        StoreSettings(commit_interval_tokens=2, commit_interval_s=100.0),
+        StoreSettings(commit_interval_tokens=100, commit_interval_s=0.05),
+    ],
+    ids=["by_number", "by_time"],
+)
+def test_a_running_turn_is_saved_as_often_as_is_set(
+    server: StoreServer, settings: StoreSettings
+) -> None:
+    session = f"saved-{settings.commit_interval_tokens}"
+    create(server, session)
+
+    def num_saved() -> int:
+        opened = ask(server, lambda store: store.get("", session)).open_turn
+        return opened.num_tokens - opened.prompt_tokens if opened else 0
+
+    with router(server, "d", settings=settings) as service:
+        service.model.stop_after(2)
+        stream = service.client.messages(turn_request("Once", session, max_tokens=4))
+        for _ in range(3):
+            next(stream)
+        assert eventually(lambda: num_saved() == 2)
+        service.model.stop_after(None)
+        assert len(list(stream)) == 2
 
 
 def test_a_new_request_drops_a_turn_that_was_left_open(
