@@ -1,0 +1,347 @@
+"""Decides how many routers and expert groups a service should have. Pure: no clock, Ray or gRPC.
+
+`decide(state) -> decision`: the state is what there is, what was measured and what earlier
+decisions remembered; the decision says two numbers, why, and what to remember. The same state
+gives the same decision, so a trace can be replayed (`expertmesh autoscale simulate`).
+
+What keeps the numbers calm, beside the margins of `cluster.autoscale_signals`:
+
+  delays     a wish must hold without a break for `upscale_delay_s` or `downscale_delay_s`; then it
+             is the least (up) or the most (down) that was wished meanwhile that counts. A change
+             of the number, whoever made it, begins both again.
+  starting   while members start, backlogs do not count, and nothing leaves.
+  blindness  a member whose measurement is missing or old ends every wish for fewer.
+  pressure   where a queue or a missed latency raised the number, although the steady load did not
+             ask for it, the members do not leave before that load has fallen by `RELIEF`: else
+             they would come and go for ever.
+
+Never below `least`, nor, for groups, below what holds a copy of every expert. Only a pool whose
+`least` is 0 ever has none: after `downscale_to_zero_delay_s` without a request, until the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from cluster.autoscale_signals import (
+    Load,
+    Signal,
+    Targets,
+    group_signals,
+    is_blamed_on_groups,
+    latency_signals,
+    router_signals,
+    steady_demand,
+)
+
+RELIEF = 0.7
+"""Part of the load at which pressure ends."""
+
+Direction = Literal["up", "down", "hold"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """How many members a pool may have."""
+
+    least: int
+    """0: none after a long idle time."""
+    most: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What is wanted; does not change while a service runs."""
+
+    routers: Bounds
+    groups: Bounds
+    min_groups_by_memory: int = 1
+    """Groups that hold one copy of every expert; beats `groups.most`."""
+    targets: Targets = field(default_factory=Targets)
+    upscale_delay_s: float = 5.0
+    downscale_delay_s: float = 300.0
+    downscale_to_zero_delay_s: float = 900.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """The members of one kind."""
+
+    count: int
+    """That there are to be: the last number that was applied, by whomever."""
+    ready: int
+    """That serve."""
+    unknown: int = 0
+    """Of those that are ready: no fresh measurement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolMemory:
+    """What a decision leaves for the next one."""
+
+    count: int = -1
+    """The number it decided on."""
+    more_since_s: float | None = None
+    """Since when more were wished, without a break."""
+    more: int = 0
+    """The least that was wished since."""
+    fewer_since_s: float | None = None
+    fewer: int = 0
+    """The most that was wished since."""
+    pressed_count: int = 0
+    """So many were too few ..."""
+    pressed_demand: float = 0.0
+    """... at this steady demand."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a decision leaves for the next one."""
+
+    routers: PoolMemory = field(default_factory=PoolMemory)
+    groups: PoolMemory = field(default_factory=PoolMemory)
+    idle_since_s: float | None = None
+    """Since when there was nothing to do, known for certain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """All that a decision rests on."""
+
+    now_s: float
+    """Seconds on any clock that only grows."""
+    policy: Policy
+    routers: Pool
+    groups: Pool
+    load: Load
+    memory: Memory = field(default_factory=Memory)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolDecision:
+    """What one pool should have, and why."""
+
+    count: int
+    """That there were to be so far."""
+    wanted: int
+    ready: int
+    reason: str
+    signals: tuple[Signal, ...] = ()
+
+    @property
+    def direction(self) -> Direction:
+        """Which way it goes."""
+        if self.wanted == self.count:
+            return "hold"
+        return "up" if self.wanted > self.count else "down"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What to do, why, and what to remember."""
+
+    at_s: float
+    routers: PoolDecision
+    groups: PoolDecision
+    load: Load
+    memory: Memory
+
+    @property
+    def is_hold(self) -> bool:
+        """Whether nothing is to change."""
+        return self.routers.direction == self.groups.direction == "hold"
+
+
+def decide(state: State) -> Decision:
+    """Return how many routers and expert groups there should be now."""
+    load, targets = state.load, state.policy.targets
+    blind = state.routers.unknown + state.groups.unknown
+    blind += load.num_requests is None
+    blind += load.group_busy is None and state.groups.ready > 0
+    is_settled = all(pool.ready >= pool.count for pool in (state.routers, state.groups))
+    idle_since_s = _idle_since(state) if not blind else None
+    circumstances = _Circumstances(
+        now_s=state.now_s,
+        policy=state.policy,
+        num_blind=blind,
+        is_settled=is_settled,
+        has_work=bool(load.num_requests or load.batch_tokens),
+        idle_s=-1.0 if idle_since_s is None else state.now_s - idle_since_s,
+    )
+    on_groups = is_blamed_on_groups(load)
+    decisions = []
+    for pool, limits, memory, signals, is_blamed in (
+        (
+            state.routers,
+            _range(state.policy.routers, floor=1),
+            state.memory.routers,
+            router_signals(load, targets, state.routers.count, is_settled=is_settled),
+            not on_groups,
+        ),
+        (
+            state.groups,
+            _range(state.policy.groups, floor=state.policy.min_groups_by_memory),
+            state.memory.groups,
+            group_signals(load, targets, state.groups.count),
+            on_groups,
+        ),
+    ):
+        signals += latency_signals(
+            load,
+            targets,
+            pool.count,
+            max((signal.demand for signal in signals), default=0.0),
+            is_blamed=is_blamed,
+            is_settled=is_settled,
+        )
+        decisions.append(_decide_pool(pool, limits, memory, signals, circumstances))
+    (routers, router_memory), (groups, group_memory) = decisions
+    return Decision(
+        at_s=state.now_s,
+        routers=routers,
+        groups=groups,
+        load=load,
+        memory=Memory(routers=router_memory, groups=group_memory, idle_since_s=idle_since_s),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Circumstances:
+    """What is the same for both pools."""
+
+    now_s: float
+    policy: Policy
+    num_blind: int
+    is_settled: bool
+    has_work: bool
+    idle_s: float
+    """Negative: not idle, or not known to be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Range:
+    """How many members a pool may have while there is work."""
+
+    least: int
+    most: int
+    may_sleep: bool
+    """It may have none while there is no work."""
+
+
+def _range(bounds: Bounds, *, floor: int) -> _Range:
+    """Raise the bounds to the floor, but for a pool that never has any: a dense model's groups."""
+    if bounds.most == 0:
+        return _Range(least=0, most=0, may_sleep=False)
+    return _Range(
+        least=max(bounds.least, floor),
+        most=max(bounds.most, floor),
+        may_sleep=bounds.least == 0,
+    )
+
+
+def _idle_since(state: State) -> float | None:
+    load = state.load
+    if load.num_requests is None or load.num_requests or load.waiting_tokens or load.batch_tokens:
+        return None
+    since = state.memory.idle_since_s
+    return state.now_s if since is None else since
+
+
+def _decide_pool(
+    pool: Pool,
+    limits: _Range,
+    memory: PoolMemory,
+    signals: Sequence[Signal],
+    around: _Circumstances,
+) -> tuple[PoolDecision, PoolMemory]:
+    """Return the decision of one pool, and its memory."""
+    if pool.count != memory.count:  # the first decision, or somebody else changed it
+        memory = PoolMemory(count=pool.count)
+    wanted, reason, memory = _wanted(pool, limits, memory, signals, around)
+    if wanted != pool.count:
+        pressure = _pressure(pool, memory, signals, wanted)
+        memory = replace(pressure, count=wanted, more_since_s=None, fewer_since_s=None)
+    decision = PoolDecision(
+        count=pool.count, wanted=wanted, ready=pool.ready, reason=reason, signals=tuple(signals)
+    )
+    return decision, memory
+
+
+def _wanted(
+    pool: Pool,
+    limits: _Range,
+    memory: PoolMemory,
+    signals: Sequence[Signal],
+    around: _Circumstances,
+) -> tuple[int, str, PoolMemory]:
+    """Return the number, the reason, and the memory of wishes; the rules in order."""
+    count, policy, now_s = pool.count, around.policy, around.now_s
+    calm = replace(memory, more_since_s=None, fewer_since_s=None)
+    if count == 0 and limits.may_sleep and not around.has_work:
+        return 0, "asleep until the first request", calm
+    if count < limits.least:
+        why = "a request came" if around.has_work and count == 0 else "the least there may be"
+        return limits.least, why, calm
+    if limits.may_sleep and around.idle_s >= policy.downscale_to_zero_delay_s:
+        return 0, f"idle for {around.idle_s:.0f} s", calm
+
+    wish, why = _wish(count, limits, memory, signals)
+    if wish > count:
+        since_s = now_s if memory.more_since_s is None else memory.more_since_s
+        more = wish if memory.more_since_s is None else min(memory.more, wish)
+        memory = replace(calm, more_since_s=since_s, more=more)
+        held_s = now_s - since_s
+        if held_s < policy.upscale_delay_s:
+            return count, _not_yet(more, held_s, policy.upscale_delay_s, why), memory
+        return more, f"{why}; for {held_s:.0f} s", memory
+    if wish < count:
+        if around.num_blind:
+            return count, f"{wish} would do, but {around.num_blind} measurements are missing", calm
+        if not around.is_settled:
+            return count, f"{wish} would do, but members are still starting", calm
+        since_s = now_s if memory.fewer_since_s is None else memory.fewer_since_s
+        fewer = wish if memory.fewer_since_s is None else max(memory.fewer, wish)
+        memory = replace(calm, fewer_since_s=since_s, fewer=fewer)
+        held_s = now_s - since_s
+        if held_s < policy.downscale_delay_s:
+            return count, _not_yet(fewer, held_s, policy.downscale_delay_s, why), memory
+        return fewer, f"{why}; for {held_s:.0f} s", memory
+    return count, why, calm
+
+
+def _wish(
+    count: int, limits: _Range, memory: PoolMemory, signals: Sequence[Signal]
+) -> tuple[int, str]:
+    """Return the number that the signals ask for now, and the signal that decides."""
+    if not signals:
+        return min(count, limits.most), "nothing is measured"
+    raising = max(signals, key=lambda signal: signal.raises_to)
+    keeping = max(signals, key=lambda signal: signal.keeps)
+    if raising.raises_to > count:
+        wish = min(raising.raises_to, limits.most)
+        at_most = f"; {limits.most} is the most" if raising.raises_to > limits.most else ""
+        return max(wish, min(count, limits.most)), f"{raising.name}: {raising.text}{at_most}"
+    keeps, why = keeping.keeps, f"{keeping.name}: {keeping.text}"
+    if 0 < memory.pressed_count < count and keeps <= memory.pressed_count:
+        load = steady_demand(signals)
+        if load >= RELIEF * memory.pressed_demand:
+            keeps = memory.pressed_count + 1
+            why = (
+                f"{memory.pressed_count} were too few at a load of {memory.pressed_demand:.2f},"
+                f" and it is {load:.2f}"
+            )
+    return min(max(keeps, limits.least), count, limits.most), why
+
+
+def _pressure(pool: Pool, memory: PoolMemory, signals: Sequence[Signal], wanted: int) -> PoolMemory:
+    """Note when the steady load alone would not have raised the number so far."""
+    steady = max((signal.raises_to for signal in signals if signal.is_steady), default=0)
+    if pool.count and pool.count < wanted and steady < wanted:
+        return replace(memory, pressed_count=pool.count, pressed_demand=steady_demand(signals))
+    return memory
+
+
+def _not_yet(wish: int, held_s: float, delay_s: float, why: str) -> str:
+    return f"{wish} are wished for {held_s:.0f} of {delay_s:g} s; {why}"

@@ -1,0 +1,254 @@
+"""How many routers and groups there should be: each rule by itself, with its sum."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.autoscale import Bounds, Decision, Memory, Policy, Pool, State, decide
+from cluster.autoscale_signals import Load, Targets
+
+IDLE = Load(
+    prompt_tokens_per_s=0.0,
+    waiting_tokens=0.0,
+    prefill_tokens_per_s=2000.0,
+    num_requests=0.0,
+    kv_usage=0.0,
+    state_slot_usage=0.0,
+    dispatch_share=0.2,
+    group_busy=0.0,
+)
+POLICY = Policy(
+    routers=Bounds(least=1, most=4),
+    groups=Bounds(least=1, most=8),
+    upscale_delay_s=5.0,
+    downscale_delay_s=60.0,
+    downscale_to_zero_delay_s=100.0,
+)
+INTERVAL_S = 2.0
+
+
+class Loop:
+    """Asks again every `INTERVAL_S` and applies what was decided at once."""
+
+    def __init__(self, policy: Policy = POLICY, *, routers: int = 1, groups: int = 1) -> None:
+        self.policy = policy
+        self.now_s = 0.0
+        self.routers, self.groups = routers, groups
+        self.memory = Memory()
+        self.changes = 0
+
+    def ask(self, load: Load, *, starting: int = 0, unknown: int = 0) -> Decision:
+        decision = decide(
+            State(
+                now_s=self.now_s,
+                policy=self.policy,
+                routers=Pool(count=self.routers, ready=self.routers, unknown=unknown),
+                groups=Pool(count=self.groups, ready=self.groups - starting),
+                load=load,
+                memory=self.memory,
+            )
+        )
+        self.memory = decision.memory
+        self.changes += not decision.is_hold
+        self.routers, self.groups = decision.routers.wanted, decision.groups.wanted
+        self.now_s += INTERVAL_S
+        return decision
+
+    def hold(self, load: Load, seconds: float, **flags: int) -> Decision:
+        """Ask now and until so much time has passed; the last decision."""
+        end_s = self.now_s + seconds
+        decision = self.ask(load, **flags)
+        while self.now_s <= end_s:
+            decision = self.ask(load, **flags)
+        return decision
+
+
+def test_a_load_within_the_band_changes_nothing() -> None:
+    loop = Loop(routers=2, groups=2)
+    # 3,200 / (2,000 * 0.8) = 2.0 routers; 2 * 0.7 / 0.7 = 2.0 groups
+    decision = loop.hold(
+        replace(IDLE, prompt_tokens_per_s=3200, num_requests=9, group_busy=0.7), 500
+    )
+    assert loop.changes == 0
+    assert decision.routers.signals[0].demand == pytest.approx(2.0)
+    assert decision.routers.reason == (
+        "prefill: 3,200 prompt tokens/s come, a router prefills 2,000/s, target 80% of it"
+    )
+
+
+def test_more_prompt_tokens_than_routers_prefill_add_routers_after_the_delay() -> None:
+    loop = Loop()
+    busy = replace(IDLE, prompt_tokens_per_s=4500, num_requests=9)
+    assert loop.ask(busy).routers.reason.startswith("3 are wished for 0 of 5 s; prefill: 4,500")
+    assert (loop.routers, loop.ask(busy).is_hold) == (1, True)
+    assert loop.hold(busy, INTERVAL_S).routers.wanted == 3  # 4,500 / 1,600 = 2.8
+    assert loop.groups == 1
+
+
+@pytest.mark.parametrize(("tokens_per_s", "routers"), [(3500, 2), (3550, 3)])
+def test_a_load_must_be_a_tenth_above_what_there_is(tokens_per_s: float, routers: int) -> None:
+    # 2 * 1.1 routers take 2.2 * 1,600 = 3,520
+    load = replace(IDLE, prompt_tokens_per_s=tokens_per_s, num_requests=9)
+    assert Loop(routers=2).hold(load, 6).routers.wanted == routers
+
+
+def test_one_measurement_within_the_band_begins_the_delay_again() -> None:
+    loop = Loop()
+    busy = replace(IDLE, prompt_tokens_per_s=4500, num_requests=9)
+    for _ in range(20):
+        assert loop.ask(busy).is_hold
+        assert loop.ask(busy).is_hold
+        assert loop.ask(replace(busy, prompt_tokens_per_s=1600)).is_hold
+
+
+def test_a_backlog_is_worked_off_beside_what_keeps_coming() -> None:
+    loop = Loop()
+    late = replace(IDLE, prompt_tokens_per_s=1600, waiting_tokens=90_000, num_requests=9)
+    decision = loop.hold(late, 6)
+    # 1,600 / 1,600 + 90,000 / (2,000 * 30 s) = 2.5
+    assert (decision.routers.wanted, decision.routers.direction) == (3, "up")
+    assert "90,000 waiting tokens are 45.0 s of prefill, target 2 s" in decision.routers.reason
+
+
+def test_a_backlog_does_not_count_while_members_start() -> None:
+    loop = Loop()
+    late = replace(IDLE, prompt_tokens_per_s=1600, waiting_tokens=90_000, num_requests=9)
+    assert loop.hold(late, 100, starting=1).routers.wanted == 1
+
+
+def test_kv_slots_and_requests_add_routers() -> None:
+    full = replace(IDLE, num_requests=9, prefill_tokens_per_s=None)
+    for name, load in (
+        ("kv", replace(full, kv_usage=1.0)),
+        ("state slots", replace(full, state_slot_usage=1.0)),
+        ("requests", replace(full, num_requests=100)),
+    ):
+        decision = Loop().hold(load, 6)
+        assert decision.routers.wanted == 2, name
+        assert decision.routers.reason.startswith(f"{name}: ")
+
+
+def test_a_batch_that_waits_adds_routers() -> None:
+    policy = replace(POLICY, targets=Targets(batch_drain_s=100.0))
+    decision = Loop(policy).hold(replace(IDLE, batch_tokens=400_000), 6)
+    assert decision.routers.wanted == 3  # 400,000 / (1,600 * 100 s) = 2.5
+
+
+def test_busy_groups_get_company_and_idle_ones_leave_after_the_longer_delay() -> None:
+    loop = Loop()
+    assert loop.hold(replace(IDLE, num_requests=9, group_busy=1.0), 6).groups.wanted == 2
+    half = replace(IDLE, num_requests=9, group_busy=0.25)
+    assert loop.hold(half, 58).groups.reason.startswith("1 are wished for 58 of 60 s; busy: busy 2")
+    assert loop.ask(half).groups.wanted == 1
+
+
+def test_members_stay_where_fewer_would_be_near_their_target() -> None:
+    loop = Loop(groups=2)
+    # 2 * 0.3 / 0.7 = 0.86: one would do, but at 86 % of its target, more than 80 %
+    assert loop.hold(replace(IDLE, num_requests=9, group_busy=0.3), 500).groups.wanted == 2
+
+
+def test_the_most_and_the_least_hold() -> None:
+    policy = replace(POLICY, groups=Bounds(least=2, most=3))
+    loop = Loop(policy, groups=2)
+    decision = loop.hold(replace(IDLE, num_requests=9, group_busy=1.0), 30)
+    assert decision.groups.wanted == 3
+    assert decision.groups.reason.endswith("; 3 is the most")
+    assert loop.hold(IDLE, 500).groups.wanted == 2
+    loop.groups = 1  # somebody else took one away
+    assert loop.ask(IDLE).groups.reason == "the least there may be"
+    assert loop.groups == 2
+
+
+def test_never_fewer_groups_than_hold_every_expert() -> None:
+    policy = replace(POLICY, min_groups_by_memory=3, groups=Bounds(least=1, most=2))
+    loop = Loop(policy, groups=3)
+    loop.hold(IDLE, 1000)
+    assert (loop.groups, loop.changes) == (3, 0)
+
+
+@pytest.mark.parametrize("what", ["a member", "requests", "busy time"])
+def test_what_is_not_measured_is_kept(what: str) -> None:
+    loop = Loop(routers=2, groups=2)
+    load = {
+        "a member": IDLE,
+        "requests": replace(IDLE, num_requests=None),
+        "busy time": replace(IDLE, group_busy=None),
+    }[what]
+    decision = loop.hold(load, 1000, unknown=what == "a member")
+    assert loop.changes == 0
+    assert "1 would do, but 1 measurements are missing" in decision.routers.reason
+    loop.hold(IDLE, 58)
+    assert loop.changes == 0, "the delay begins when all is measured again"
+    assert loop.ask(IDLE).routers.wanted == 1
+
+
+def test_nothing_leaves_while_members_start() -> None:
+    loop = Loop(routers=2, groups=2)
+    loop.hold(IDLE, 500, starting=1)
+    assert loop.changes == 0
+
+
+def test_idle_groups_go_to_sleep_where_they_may_and_wake_at_the_first_request() -> None:
+    policy = replace(POLICY, groups=Bounds(least=0, most=4), min_groups_by_memory=2)
+    loop = Loop(policy, groups=3)
+    assert loop.hold(IDLE, 96).groups.wanted == 2
+    decision = loop.hold(IDLE, 2)
+    assert (decision.groups.wanted, decision.groups.reason) == (0, "idle for 100 s")
+    assert loop.hold(IDLE, 1000).groups.reason == "asleep until the first request"
+    decision = loop.ask(replace(IDLE, num_requests=1, group_busy=None))
+    assert (decision.groups.wanted, decision.groups.reason) == (2, "a request came")
+    assert loop.routers == 1
+
+
+def test_a_request_ends_idleness() -> None:
+    policy = replace(POLICY, groups=Bounds(least=0, most=4))
+    loop = Loop(policy)
+    for _ in range(5):
+        assert loop.hold(IDLE, 90).groups.wanted == 1
+        loop.ask(replace(IDLE, num_requests=1))
+
+
+def test_a_missed_latency_target_adds_one_member_where_the_time_goes_by() -> None:
+    policy = replace(POLICY, targets=Targets(itl_s=0.05))
+    slow = replace(IDLE, num_requests=30, itl_s=0.08, group_busy=0.6, prompt_tokens_per_s=1200)
+    in_groups = Loop(policy).hold(replace(slow, dispatch_share=0.8), 6)
+    assert (in_groups.groups.wanted, in_groups.routers.wanted) == (2, 1)
+    assert in_groups.groups.reason == "itl: p95 80 ms, target 50 ms; for 6 s"
+    in_routers = Loop(policy).hold(replace(slow, dispatch_share=0.1), 6)
+    assert (in_routers.groups.wanted, in_routers.routers.wanted) == (1, 2)
+
+
+def test_members_that_are_not_used_do_not_help_a_missed_target() -> None:
+    policy = replace(POLICY, targets=Targets(ttft_s=0.5))
+    slow = replace(IDLE, num_requests=1, ttft_s=2.0)
+    loop = Loop(policy)
+    decision = loop.hold(slow, 100)
+    assert loop.changes == 0
+    assert "more would not help" in decision.routers.signals[-1].text
+
+
+def test_what_a_queue_called_for_stays_until_the_steady_load_falls() -> None:
+    loop = Loop()
+    steady = replace(IDLE, prompt_tokens_per_s=1000, num_requests=9)  # 0.6 routers
+    loop.hold(replace(steady, waiting_tokens=20_000), 6)
+    assert loop.routers == 2
+    decision = loop.hold(steady, 1000)
+    assert decision.routers.reason == "1 were too few at a load of 0.62, and it is 0.62"
+    assert loop.hold(replace(steady, prompt_tokens_per_s=600), 61).routers.wanted == 1
+
+
+def test_a_change_by_somebody_else_begins_the_delays_again() -> None:
+    loop = Loop(groups=4)
+    loop.hold(IDLE, 50)
+    loop.groups = 5
+    loop.hold(IDLE, 58)
+    assert loop.changes == 0
+    assert loop.ask(IDLE).groups.wanted == 1
+
+
+def test_a_dense_model_has_no_groups() -> None:
+    loop = Loop(replace(POLICY, groups=Bounds(least=0, most=0)), groups=0)
+    assert loop.hold(replace(IDLE, num_requests=5, group_busy=None), 200).groups.wanted == 0
