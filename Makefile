@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test check format bench protos clean
+.PHONY: install node demo test check format bench protos clean
 
 install: $(STAMP)
 
@@ -15,6 +15,16 @@ $(STAMP): pyproject.toml $(wildcard experts/native/*.cpp experts/native/*.h)
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	$(BIN)/python -m experts.native.build
 	touch $(STAMP)
+
+# What a machine of a cluster needs: no tools for development.
+node: $(VENV)/.node
+
+$(VENV)/.node: pyproject.toml $(wildcard experts/native/*.cpp experts/native/*.h)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=80"
+	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m experts.native.build
+	touch $@
 
 demo: install
 	$(BIN)/python -m cluster.demo

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cluster.cli_options import DEFAULT_URL, ApiKey, AsJson, TlsCa, TlsCert, TlsKey, Url, access_of
+from cluster.cli_service import service_app
 from cluster.cli_sessions import sessions_app
 from cluster.config import describe, load_config, shown, to_json_schema
 from cluster.console import errors_exit, out_console, print_json, table
@@ -25,6 +26,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Show, check and describe the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(sessions_app, name="sessions")
+app.add_typer(service_app, name="service")
 
 
 def _setting(path: str, *names: str, panel: str) -> Any:
@@ -137,6 +139,12 @@ RayAddress = Annotated[
     str | None, _setting("cluster.ray_address", "--ray-address", panel="Cluster")
 ]
 Namespace = Annotated[str | None, _setting("cluster.namespace", "--namespace", panel="Cluster")]
+GroupResource = Annotated[
+    str | None, _setting("cluster.group_resource", "--group-resource", panel="Cluster")
+]
+StatusPort = Annotated[
+    int | None, _setting("cluster.status_port", "--status-port", panel="Cluster")
+]
 StartTimeout = Annotated[
     float | None, _setting("cluster.start_timeout_s", "--start-timeout", panel="Cluster")
 ]
@@ -197,6 +205,8 @@ def serve(
     commit_interval_s: CommitIntervalS = None,
     ray_address: RayAddress = None,
     namespace: Namespace = None,
+    group_resource: GroupResource = None,
+    status_port: StatusPort = None,
     start_timeout: StartTimeout = None,
     shutdown_timeout: ShutdownTimeout = None,
     cluster_ssl_keyfile: ClusterSslKeyfile = None,
@@ -251,6 +261,8 @@ def serve(
                 "state.commit_interval_s": commit_interval_s,
                 "cluster.ray_address": ray_address,
                 "cluster.namespace": namespace,
+                "cluster.group_resource": group_resource,
+                "cluster.status_port": status_port,
                 "cluster.start_timeout_s": start_timeout,
                 "cluster.shutdown_timeout_s": shutdown_timeout,
                 "cluster.ssl_keyfile": cluster_ssl_keyfile,

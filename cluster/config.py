@@ -149,6 +149,11 @@ class ClusterSection:
     """Ray cluster to join (host:port, or auto); unset: a private one on this machine."""
     namespace: str = "expertmesh"
     """Ray namespace of the actors; two services in one cluster need two."""
+    group_resource: str | None = None
+    """Custom resource of Ray that an expert group takes 1 of: only nodes that offer it hold groups;
+    unset: expert_group where a node offers that when the service starts."""
+    status_port: int | None = number(None, minimum=1, maximum=65535)
+    """Port of this process, where `status` is answered from the first second on; unset: none."""
     start_timeout_s: float = number(600.0, minimum=1)
     """Seconds from the command to `ready`."""
     shutdown_timeout_s: float = number(45.0, minimum=0)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cluster.config import Config
 from cluster.console import EXIT_OK, EXIT_PARTIAL, err_console
+from cluster.front import StatusPort
 from cluster.launch import Service
 from cluster.logs import configure_logging
 from cluster.stopping import StopRequested, StopSignals
@@ -28,14 +29,20 @@ def run_service(config: Config) -> int:
     stdout, sys.stdout = sys.stdout, sys.stderr
     console = err_console()
     signals = StopSignals()
-    service = Service(
-        config, lambda text: console.print(text, style="dim", markup=False), signals.held
-    )
+    port = StatusPort(config)
+
+    def progress(sentence: str) -> None:
+        port.tell(sentence)
+        console.print(sentence, style="dim", markup=False)
+
+    service = Service(config, progress, signals.held)
     try:
         signals.catch()
+        port.open()
         service.connect()
         signals.catch()  # Ray has installed a handler of its own
         ready = service.start()
+        port.ready(ready.addresses)
         print(ready.line(), file=stdout, flush=True)
         ended = service.wait()
         if ended is None:
@@ -44,12 +51,14 @@ def run_service(config: Config) -> int:
         console.print(f"error: {ended}; ending the service", style="bold red", markup=False)
         return EXIT_PARTIAL
     except StopRequested:
+        port.stopping()
         if service.is_ready:
             _drain(service, console)
         return EXIT_OK
     finally:
         signals.ignore()
         service.close()
+        port.close()
         sys.stdout = stdout
 
 

@@ -321,8 +321,10 @@ class Service:
                 "experts.groups", "must not use the name of a router", sorted(clash)[0]
             )
         cluster.refuse_taken_names([*group_ids, *router_ids])
-        is_shared = any(GROUP_RESOURCE in node.resources for node in cluster.nodes())
-        group_bundle = {"CPU": 1.0, **({GROUP_RESOURCE: 1.0} if is_shared else {})}
+        resource = self.config.cluster.group_resource
+        if resource is None and any(GROUP_RESOURCE in node.resources for node in cluster.nodes()):
+            resource = GROUP_RESOURCE
+        group_bundle = {"CPU": 1.0, **({resource: 1.0} if resource else {})}
         bundles = [group_bundle for _ in group_ids]
         bundles += [] if self._routers_here else [{"CPU": 1.0} for _ in router_ids]
         if bundles:

@@ -190,6 +190,8 @@ class RayCluster:
         """
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Else the driver takes the lines of an autoscaler's log for events, and complains of each.
+        os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
         if address != "auto":
             _check_reachable(address)
         import ray

@@ -318,6 +318,7 @@ class RouterProcess:
         """Return what is the same for every router."""
         return cluster_pb2.ClusterStatus(
             model=self._model_name,
+            state="READY",
             dtype=str(self._dtype).removeprefix("torch."),
             placement_epoch=self._placement.epoch if self._placement else 0,
             max_model_len=self._max_model_len,

@@ -52,8 +52,13 @@ def dispatch_share(router: cluster_pb2.RouterStatus) -> float:
 def print_status(status: cluster_pb2.ClusterStatus) -> None:
     """Print the status as tables."""
     console = out_console()
+    if not status.routers:
+        console.print(f"{status.model}  {status.state}", markup=False)
+        for sentence in status.progress:
+            console.print(f"  {sentence}", style="dim", markup=False)
+        return
     console.print(
-        f"{status.model}  {status.dtype}  window {status.max_model_len} tokens"
+        f"{status.model}  {status.state}  {status.dtype}  window {status.max_model_len} tokens"
         f"  placement epoch {status.placement_epoch}",
         markup=False,
     )

@@ -20,7 +20,16 @@ runner = CliRunner()
 def test_help_lists_the_commands() -> None:
     answer = runner.invoke(app, ["--help"])
     assert answer.exit_code == 0
-    for command in ("serve", "chat", "complete", "status", "doctor", "config", "version"):
+    for command in (
+        "serve",
+        "chat",
+        "complete",
+        "status",
+        "doctor",
+        "service",
+        "config",
+        "version",
+    ):
         assert command in answer.stdout
 
 
