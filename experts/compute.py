@@ -148,13 +148,14 @@ class SlotMap:
         """Let lookups see the expert in the slot that now holds it."""
         self._slot_of[expert_id] = slot
 
-    def release(self, expert_id: int) -> None:
-        """Free the expert's slot."""
+    def release(self, expert_id: int) -> int:
+        """Free the expert's slot and return it."""
         slot = int(self._slot_of[expert_id])
         if slot == NOT_RESIDENT:
             raise NotResidentError(self._layer_id, expert_id)
         self._slot_of[expert_id] = NOT_RESIDENT
         self._free.append(slot)
+        return slot
 
     def slots_of(self, expert_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Return each pair's slot.
@@ -208,8 +209,9 @@ class NativeCompute:
         self._slots[layer_id].publish(expert_id, slot)
 
     def drop(self, layer_id: int, expert_id: int) -> None:
-        """Free an expert's slot."""
-        _slots_of_layer(self._slots, layer_id, expert_id).release(expert_id)
+        """Free an expert's slot, and its memory."""
+        slot = _slots_of_layer(self._slots, layer_id, expert_id).release(expert_id)
+        self.kernels.empty_slot(self._banks[layer_id], slot)
 
     def forward(
         self,

@@ -5,8 +5,8 @@ interpreter (about 40 us less a call); a gRPC stream hands it one frame at a tim
 out of the ordinary is left to `ExpertRuntime`, where every case has its typed error. Only a group
 that computes natively has an express.
 
-The express owns the innermost lock of the group: whoever changes epoch or residency, or reads
-counters, holds it (`ComputeLock`).
+The express owns the innermost lock of the group: whoever changes residency, or reads counters,
+holds it (`ComputeLock`).
 """
 
 from __future__ import annotations
@@ -92,12 +92,9 @@ class Express:
         shape: Of the group's experts.
         compute: Holds them.
         counters: Counted in place.
-        epoch: Of the placement in force.
     """
 
-    def __init__(
-        self, shape: ExpertShape, compute: NativeCompute, counters: LoadCounters, epoch: int
-    ) -> None:
+    def __init__(self, shape: ExpertShape, compute: NativeCompute, counters: LoadCounters) -> None:
         self._native = compute.kernels.long
         self._compute, self._counters = compute, counters  # native code points into both
         self._address = self._native.express_new(
@@ -110,16 +107,15 @@ class Express:
         if not self._address:
             raise MemoryError("cannot allocate the express")
         weakref.finalize(self, self._native.express_free, self._address).atexit = False
-        self.refresh(epoch)
+        self.refresh()
 
-    def refresh(self, epoch: int) -> None:
-        """Adopt the epoch and the layers that the compute holds now; under the lock."""
+    def refresh(self) -> None:
+        """Adopt the layers that the compute holds now; under the lock."""
         for layer_id, bank, table in self._compute.layers():
             self._native.express_set_layer(
                 *(self._address, layer_id, bank.address, bank.num_slots),
                 *(table.ctypes.data, self._counters.counts[layer_id].ctypes.data),
             )
-        self._native.express_set_epoch(self._address, epoch)
 
     def lock(self) -> None:
         """Wait for the forward under way and hold off the next."""

@@ -7,9 +7,12 @@ placement.
 Life cycle: STARTING -> LOADING -> READY -> DRAINING; FAILED from any of them, for good. Two phases:
 the constructor is cheap and touches no weights; `load` does the rest once a placement is known.
 
+An epoch says which placement the group was last told of. It decides nothing about a forward:
+experts are pure functions, so a call of any epoch is answered as long as its experts are resident.
+
     lock      guards                               held for
     ----      ------                               --------
-    _compute  kernels, epoch, residency, counters  one forward; the publication of a change
+    _compute  kernels, residency, counters         one forward; the publication of a change
     _control  load, load_experts, drop_experts     a whole change, which fills slots while forwards
     go on
 """
@@ -79,8 +82,8 @@ class ExpertRuntime:
             dtype: `float32` or `bfloat16`: of weights, rows and outputs.
             compute: `auto`, `native`, `deepspeed` or `torch`.
             num_threads: Threads that work on one forward.
-            capacity_bytes: Bound of the resident experts; None takes what is free when loading
-                starts.
+            capacity_bytes: Bound of the resident experts; None takes what is free whenever experts
+                are loaded.
 
         Raises:
             ConfigurationError: A value out of range, or deepspeed cannot be imported.
@@ -96,6 +99,7 @@ class ExpertRuntime:
         self._compute_choice = compute
         self._dtype = DTYPES[dtype]
         self._capacity_bytes = capacity_bytes
+        self._is_bounded = capacity_bytes is not None
         self._compute_lock = ComputeLock()
         self._control_lock = threading.Lock()
         self._state = GroupState.STARTING
@@ -161,7 +165,7 @@ class ExpertRuntime:
             self._epoch = epoch
             self._express = None
             if isinstance(compute, NativeCompute):
-                self._express = Express(shape, compute, self._counters, epoch)
+                self._express = Express(shape, compute, self._counters)
             self._compute_lock.share_with(self._express)
 
     def drain(self) -> None:
@@ -186,7 +190,7 @@ class ExpertRuntime:
 
         Raises:
             WireFormatError: A layer, row, expert, width or dtype that this model does not have.
-            StalePlacementError: Another epoch, or an expert that is not resident.
+            StalePlacementError: An expert that is not resident.
             DeadlineExceededError: The caller stopped waiting while the call was queued.
             MessageTooLargeError: The result would not fit a frame.
             NonFiniteError: NaN or infinity in the rows or in an output.
@@ -206,9 +210,6 @@ class ExpertRuntime:
                 raise DeadlineExceededError(
                     f"a forward queued in group {self.group_id}", header.deadline_ms / 1e3
                 )
-            if header.placement_epoch != self._epoch:
-                first = int(pair_expert[0]) if len(pair_expert) else 0
-                raise StalePlacementError(layer_id, first, self._epoch, header.placement_epoch)
             try:
                 out = compute.forward(layer_id, rows, pair_row, pair_expert, pair_weight, combine)
             except NotResidentError as error:
@@ -246,7 +247,9 @@ class ExpertRuntime:
     def load_experts(
         self, keys: ExpertKeys, epoch: int, *, dry_run: bool = False
     ) -> tuple[int, int, int]:
-        """Make experts resident beside the others, then adopt the epoch.
+        """Make experts resident beside the others, while forwards go on; then adopt the epoch.
+
+        An expert answers as soon as it is here, whatever the epoch.
 
         Args:
             keys: Experts; those already resident cost nothing.
@@ -407,7 +410,7 @@ class ExpertRuntime:
     def _adopt_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         if self._express is not None:
-            self._express.refresh(epoch)
+            self._express.refresh()
 
     def _enter(self, state: GroupState) -> None:
         self._state = state
@@ -441,6 +444,8 @@ class ExpertRuntime:
         return checked
 
     def _free_bytes(self, compute: ExpertCompute) -> int:
+        if not self._is_bounded:
+            return device.available_bytes()
         return max(0, (self._capacity_bytes or 0) - compute.resident_bytes)
 
     def _require_room(self, needed: int, free: int) -> None:

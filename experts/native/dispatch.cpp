@@ -283,6 +283,7 @@ struct Called {
 }  // namespace
 
 bool dispatch(Dispatch& d, int64_t layer, const float* rows, int64_t tokens, const int32_t* ids, const float* weights) {
+  if (d.by_rescue) return false;
   d.call_id++;
   const int64_t packed = em_dispatch_pack(
       ids, weights, tokens, d.top_k, d.group_of_expert[layer], d.num_experts, d.num_groups,

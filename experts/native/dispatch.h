@@ -29,6 +29,10 @@ struct Dispatch {
   int64_t* num_pairs;
   int32_t* pair_group;  // [tokens * top_k]
   int32_t* pair_index;
+  // Called where a layer's call fails: sends it again another way and returns 1 with its sums [tokens, hidden] in `out`, and with
+  // this struct ready for the next layer; 0 ends the step. Python: it takes the interpreter lock, and may wait for a group.
+  int64_t (*rescue)(int64_t layer, const float* rows, int64_t tokens, const int32_t* ids, const float* weights, float* out);
+  int64_t by_rescue;  // 1: no native calls, every layer goes that way
   // Changed by the calls.
   int64_t call_id, failure, failed_group, failed_detail, wait_ns;
 };

@@ -242,6 +242,17 @@ class Kernels:
             *(gate_up.data_ptr(), down.data_ptr(), DTYPES[gate_up.dtype]),
         )
 
+    def empty_slot(self, bank: ExpertBank, slot: int) -> None:
+        """Give a slot's memory back to the system; nobody may compute with it until it is filled.
+
+        Args:
+            bank: The bank.
+            slot: In `[0, bank.num_slots)`.
+        """
+        if not 0 <= slot < bank.num_slots:
+            raise ValueError(f"slot {slot} is not in [0, {bank.num_slots})")
+        self.long.discard(bank.address + slot * bank.slot_bytes, bank.slot_bytes)
+
     def experts_forward(
         self,
         bank: ExpertBank,

@@ -236,4 +236,11 @@ void em_park() { em::Pool::get().park(); }
 
 void* em_alloc(int64_t size) { return em::allocate(size_t(size)); }
 void em_free(void* data, int64_t size) { em::release(data, size_t(size)); }
+
+// Gives the whole pages inside back to the system; they read as zeros from then on.
+void em_discard(void* data, int64_t size) {
+  const uintptr_t start = (uintptr_t(data) + 4095) / 4096 * 4096;
+  const uintptr_t end = (uintptr_t(data) + uintptr_t(size)) / 4096 * 4096;
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);
+}
 }

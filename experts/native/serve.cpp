@@ -1,12 +1,12 @@
 // The express: a group's answers to ordinary forwards, without the interpreter.
 //
 // One call of em_express_serve answers frame after frame of a lane until something is out of the ordinary: the peer closed, a
-// header that does not describe a forward of this model, an expert that is not here, another epoch, an output that is not finite,
+// header that does not describe a forward of this model, an expert that is not here, an output that is not finite,
 // a frame larger than the buffers. It then returns with what it has read, and experts/lane.py answers that one frame the careful
 // way, where every case has its typed error. em_express_answer does the same for one frame that came another way. So this file
 // decides nothing but "ordinary or not".
 //
-// The mutex is the group's compute lock: it guards epoch, residency and counters against experts/runtime.py.
+// The mutex is the group's compute lock: it guards residency and counters against experts/runtime.py.
 
 #include <algorithm>
 #include <cerrno>
@@ -43,7 +43,6 @@ struct Express {
   std::mutex mutex;
   int64_t num_experts, hidden, intermediate;
   int dtype;
-  uint64_t epoch = 0;
   std::vector<Layer> layers;
   int64_t calls = 0, rows = 0, pairs = 0, busy_ns = 0;
 };
@@ -121,7 +120,7 @@ bool is_ordinary(const Express& e, const em::FrameHeader& h) {
 bool answer(Express& e, const em::FrameHeader& h, const uint8_t* payload, uint8_t* result, int64_t waited_ns,
             std::vector<int32_t>& slots, em::FrameHeader& out) {
   const Layer& layer = e.layers[h.layer_id];
-  if (h.placement_epoch != e.epoch || layer.bank == nullptr) return false;
+  if (layer.bank == nullptr) return false;
   const auto* pair_row = reinterpret_cast<const int32_t*>(payload);
   const int32_t* pair_expert = pair_row + h.num_pairs;
   const auto* pair_weight = reinterpret_cast<const float*>(pair_expert + h.num_pairs);
@@ -207,7 +206,6 @@ void em_express_set_layer(void* express, int64_t layer_id, const void* bank, int
   static_cast<Express*>(express)->layers[layer_id] = {bank, slots, slot_of, load};
 }
 
-void em_express_set_epoch(void* express, uint64_t epoch) { static_cast<Express*>(express)->epoch = epoch; }
 
 void em_express_totals(void* express, int64_t* totals) {
   const Express& e = *static_cast<Express*>(express);

@@ -5,7 +5,7 @@ Pointers are plain addresses (`Tensor.data_ptr()`); who calls keeps the tensors 
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import Any
 
 _INT, _LONG, _PTR, _FLOAT = c_int, c_int64, c_void_p, c_float
@@ -18,6 +18,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "em_park": (None, []),
     "em_alloc": (_PTR, [_LONG]),
     "em_free": (None, [_PTR, _LONG]),
+    "em_discard": (None, [_PTR, _LONG]),
     # linear.cpp
     "em_packed_bytes": (_LONG, [_LONG, _LONG, _INT]),
     "em_pack": (None, [_PTR, _INT, _PTR, _INT, _LONG, _LONG, _LONG]),
@@ -77,7 +78,6 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "em_express_lock": (None, [_PTR]),
     "em_express_unlock": (None, [_PTR]),
     "em_express_set_layer": (None, [_PTR, _LONG, _PTR, _LONG, _PTR, _PTR]),
-    "em_express_set_epoch": (None, [_PTR, c_uint64]),
     "em_express_totals": (None, [_PTR, _PTR]),
     "em_express_serve": (_LONG, [_PTR, _INT, _PTR, _PTR, _PTR, _LONG, _PTR]),
     "em_express_answer": (_LONG, [_PTR, _PTR, _LONG, _PTR, _LONG]),

@@ -106,16 +106,17 @@ void mix(const LayerPlan& l, const StepPlan& s, const float* wide, float* mixed)
   }
 }
 
-// x [rows, hidden] -> delta; false where the experts failed. The shared expert is computed while the groups work.
+// x [rows, hidden] -> delta; false where the experts failed for good. The shared expert is computed while the groups work.
 bool feed_forward(const LayerPlan& l, int64_t layer, int64_t hidden, Buffers& b, const float* x, int64_t rows,
                   float* delta, Dispatch* experts) {
   auto* ids = reinterpret_cast<int32_t*>(b.ids.of(rows * l.top_k));
   float* weights = b.weights.of(rows * l.top_k);
+  bool is_sent = false;
   if (l.is_moe) {
     float* logits = b.gate.of(rows * l.gate.n);
     l.gate.run(x, rows, logits);
     em_gate_topk(logits, rows, l.gate.n, l.top_k, ids, weights);
-    if (!dispatch(*experts, layer, x, rows, ids, weights)) return false;
+    is_sent = dispatch(*experts, layer, x, rows, ids, weights);
   }
   float* wide = b.wide.of(rows * l.wide.n);
   l.wide.run(x, rows, wide);
@@ -127,7 +128,9 @@ bool feed_forward(const LayerPlan& l, int64_t layer, int64_t hidden, Buffers& b,
   }
   float* shared = b.shared.of(rows * hidden);
   l.down.run(between, rows, shared);
-  if (!collect(*experts, rows, weights, delta)) return false;
+  if (!(is_sent && collect(*experts, rows, weights, delta)) && !experts->rescue(layer, x, rows, ids, weights, delta)) {
+    return false;
+  }
   em_add_shared(delta, shared, wide + l.wide.n - 1, l.wide.n, rows, hidden);
   return true;
 }

@@ -7,6 +7,11 @@ pair and the router alone adds (`Combine.SLOTS`, the default). `Combine.PARTIAL`
 its own pairs first: fewer bytes when a token meets one group several times, but the bits then
 depend on the placement. Figures: tests/benchmarks/combine_modes.py.
 
+Experts are pure functions of weights and rows, so a call may be sent again, anywhere. A dispatcher
+with patience does that when a group is lost or does not hold an expert: the call waits until the
+group answers again, or until another placement is offered that says where its experts are. Its
+owner offers placements from another thread; they come into force between two calls.
+
 A dispatcher belongs to one thread, has one call in flight and works in host memory. It must not
 know sequences, blocks or the trunk.
 """
@@ -15,54 +20,51 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
-import grpc
 import torch
 from torch import Tensor
 
-from experts.calls import MAX_MESSAGE_BYTES
 from experts.load import LoadCounters
 from experts.native.kernels import Kernels
 from experts.placement import Placement
 from protos import codec
-from protos.errors import (
-    ConfigurationError,
-    GroupLostError,
-    InternalError,
-    StalePlacementError,
-    UnsupportedFeatureError,
-    WireFormatError,
-    from_status_bytes,
-)
+from protos.errors import GroupLostError, InternalError, StalePlacementError
 from protos.tls import Access
-from router.gating.choice import first_copies
-from router.gating.native_calls import BAD_ANSWER, BAD_EXPERT, SEND_FAILED, NativeCalls
-from router.gating.packing import CallOptions, NativePacking, PackedCall, Packing, TorchPacking
-from router.gating.transport.base import FrameBuffer, Transport
-from router.gating.transport.grpc_stream import GrpcStreamTransport
-from router.gating.transport.lane import LaneTransport
-from router.gating.transport.lanes import LaneSet
+from router.gating.links import Dialer, Link, TransportName
+from router.gating.native_calls import (
+    BAD_ANSWER,
+    BAD_EXPERT,
+    RESCUE,
+    SEND_FAILED,
+    DispatchPlan,
+)
+from router.gating.packing import CallOptions
+from router.gating.route import Route, Rows, SentCall
+from router.gating.transport.base import Transport
 
 log = logging.getLogger(__name__)
 
-TransportName = Literal["auto", "lane", "grpc"]
 DISPATCH_TIMEOUT_S = 120.0
 """Longest wait for one layer's answers before a group counts as lost."""
-GRPC_READY_TIMEOUT_S = 2.0
-"""How long a group without a lane gets to show that it answers gRPC."""
+OPEN_TIMEOUT_S = 1.0
+"""Longest wait for a connection that broke; then a patient dispatcher looks for news."""
+RETRY_INTERVAL_S = 0.2
+"""How often a patient dispatcher asks a lost group again without news."""
+RETRIED = (GroupLostError, StalePlacementError)
+"""What another copy, another connection or another placement may mend."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class DispatchHandle:
     """A call in flight: what `combine` needs to know."""
 
-    call: PackedCall
-    called: list[int]
-    """Group indices that were sent a frame."""
+    rows: Rows
+    sent: SentCall | GroupLostError
+    """Or why not all of it was sent; `combine` deals with it."""
 
 
 class ExpertDispatcher:
@@ -73,54 +75,41 @@ class ExpertDispatcher:
         transports: One per group, in the order of `placement.groups`.
         options: hidden size, top-k, dtypes and combine mode of every call.
         kernels: Native kernels, or None for the torch twin.
-        timeout_s: Bound on one layer's wait.
-        channels: Closed with the dispatcher.
+        timeout_s: Bound on one layer's wait for an answer.
+        patience_s: Bound on one layer's wait for a group that is lost or does not hold an expert;
+            0 raises at once.
+        dialer: Connects to the groups of placements to come.
     """
 
     def __init__(
         self,
         placement: Placement,
-        transports: Sequence[Transport],
+        transports: Sequence[Transport | Link],
         options: CallOptions,
         kernels: Kernels | None = None,
         timeout_s: float = DISPATCH_TIMEOUT_S,
-        channels: Sequence[grpc.Channel] = (),
+        patience_s: float = 0.0,
+        dialer: Dialer | None = None,
     ) -> None:
-        self.placement = placement
-        self.transports = transports
-        self.options = options
         self.load = LoadCounters(placement.num_layers, placement.num_experts)
         self.dispatch_s = 0.0
+        self._kernels = kernels
         self._timeout_s = timeout_s
-        num = len(transports)
-        self._groups_of_layer = list(first_copies(placement).unbind())
+        self._patience_s = patience_s
+        self._open_timeout_s = OPEN_TIMEOUT_S if patience_s else None
+        self._dialer = dialer
         self._load_of_layer = list(torch.from_numpy(self.load.counts).unbind())
-        self._frames = [FrameBuffer() for _ in range(num)]
-        self._headers = [FrameBuffer(codec.HEADER_BYTES) for _ in range(num)]
-        self._results = [FrameBuffer() for _ in range(num)]
-        self._channels = channels
+        links = [t if isinstance(t, Link) else Link("", t) for t in transports]
+        self._route = self._new_route(placement, links, options)
         self._call_id = 0
+        self._num_tokens = 0
+        self._plan = DispatchPlan(rescue=RESCUE(self._rescue))
+        self._failure: Exception | None = None
+        # Guards what other threads touch: the route to come, and whether a call is in flight.
+        self._news = threading.Condition()
+        self._next: Route | None = None
         self._in_flight = False
-        self._packing: Packing
-        self._lanes: LaneSet | None = None
-        self._native: NativeCalls | None = None
-        if kernels is None:
-            self._packing = TorchPacking(options, num)
-        else:
-            library = ctypes.CDLL(str(kernels.path))
-            self._packing = NativePacking(library, options, num)
-            lanes = [t for t in transports if isinstance(t, LaneTransport)]
-            if len(lanes) == num:
-                self._lanes = LaneSet(library, lanes)
-                if options.combine is codec.Combine.SLOTS:
-                    self._native = NativeCalls(
-                        options,
-                        lanes,
-                        self._groups_of_layer,
-                        self._load_of_layer,
-                        (self._frames, self._headers, self._results),
-                        MIN_RESULT_BYTES,
-                    )
+        self._is_closed = False
 
     @classmethod
     def connect(
@@ -136,15 +125,14 @@ class ExpertDispatcher:
         combine: codec.Combine = codec.Combine.SLOTS,
         kernels: Kernels | None = None,
         timeout_s: float = DISPATCH_TIMEOUT_S,
+        patience_s: float = 0.0,
         access: Access | None = None,
     ) -> ExpertDispatcher:
-        """Open a transport to every group of the placement.
+        """Open a link to every group of the placement.
 
         Args:
             group_addresses: group_id -> `host:port` of the group's gRPC server.
-            transport: `lane`, `grpc`, or `auto`: a lane, or a gRPC stream to a group that answers
-                gRPC only (its lane port is behind a firewall, say, or it demands TLS and is on
-                another host, where a lane would carry plain tensors).
+            transport: See `Dialer`.
             access: TLS towards the groups; None: plain.
 
         Raises:
@@ -159,43 +147,63 @@ class ExpertDispatcher:
             placement_epoch=placement.epoch,
             deadline_ms=int(timeout_s * 1000),
         )
-        transports: list[Transport] = []
-        channels: list[grpc.Channel] = []
-        access = access or Access()
-        for group_id in placement.groups:
-            channel = access.channel(
-                group_addresses[group_id],
-                [
-                    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ],
-            )
-            channels.append(channel)
-            if transport == "grpc":
-                transports.append(GrpcStreamTransport(group_id, channel))
-            else:
-                lane = LaneTransport(group_id, channel, router_id)
-                transports.append(lane)
-                try:
-                    lane.open()
-                except GroupLostError as error:
-                    if transport == "auto" and _answers(channel):
-                        log.warning("event=no_lane group=%s reason=%r", group_id, str(error))
-                        transports[-1] = GrpcStreamTransport(group_id, channel)
-                        continue
-                    for opened in channels:
-                        opened.close()
-                    for made in transports:
-                        made.close()
-                    if isinstance(error.__cause__, UnsupportedFeatureError):
-                        raise ConfigurationError(
-                            "experts.transport",
-                            f"must be auto or grpc: group {group_id} demands TLS and is on another"
-                            " host, where a lane would carry plain tensors",
-                            transport,
-                        ) from error
-                    raise
-        return cls(placement, transports, options, kernels, timeout_s, channels)
+        dialer = Dialer(router_id=router_id, transport=transport, access=access or Access())
+        links = dialer.links(placement.groups, group_addresses)
+        return cls(placement, links, options, kernels, timeout_s, patience_s, dialer)
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in force."""
+        return self._route.placement
+
+    @property
+    def transports(self) -> Sequence[Transport]:
+        """One per group of the placement in force, in their order."""
+        return self._route.transports
+
+    @property
+    def options(self) -> CallOptions:
+        """What every call says."""
+        return self._route.options
+
+    # What any thread may call.
+
+    def prepare(self, placement: Placement, group_addresses: Mapping[str, str]) -> Route:
+        """Connect to the groups of a placement to come, beside those in use.
+
+        Raises:
+            GroupLostError: A group cannot be reached; nothing has changed.
+        """
+        assert self._dialer is not None  # only a dispatcher that `connect` made gets placements
+        links = self._dialer.links(placement.groups, group_addresses, self._route.links)
+        options = replace(self._route.options, placement_epoch=placement.epoch)
+        return self._new_route(placement, links, options)
+
+    def offer(self, route: Route) -> None:
+        """Use this route from the next call on; at once where none is in flight.
+
+        The links that it does not share with the one before are closed then.
+        """
+        with self._news:
+            superseded, self._next = self._next, route
+            if superseded is not None:
+                superseded.close(except_for=route)
+            if not self._in_flight:
+                self._adopt()
+            self._news.notify_all()
+
+    def wait_adopted(self, epoch: int, timeout_s: float) -> bool:
+        """Wait until calls follow the placement of this epoch or a later one; whether they do."""
+        with self._news:
+            return self._news.wait_for(lambda: self.placement.epoch >= epoch, timeout_s)
+
+    def give_up(self) -> None:
+        """Let a call that waits for a group fail now, and later ones at once."""
+        with self._news:
+            self._is_closed = True
+            self._news.notify_all()
+
+    # The one thread that calls.
 
     def dispatch(
         self, layer_id: int, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor
@@ -208,100 +216,67 @@ class ExpertDispatcher:
             topk_weights: float32 `[T, top_k]`.
 
         Raises:
-            GroupLostError: A group went away; nothing stays in flight.
+            GroupLostError: A group went away, and there is no patience; nothing stays in flight.
             IndexError: An expert id is out of range or unplaced.
         """
-        if self._in_flight:
-            self._reset()
-        capacity = self.options.frame_capacity(rows.shape[0])
-        for frame in self._frames:
-            frame.reserve(capacity)
-        self._call_id += 1
-        call = self._packing.pack(
-            self._call_id,
-            layer_id,
-            rows,
-            topk_ids,
-            topk_weights,
-            self._groups_of_layer[layer_id],
-            self._frames,
-            self._load_of_layer[layer_id],
-        )
-        called = [group for group, pairs in enumerate(call.num_pairs) if pairs]
-        lengths = [
-            self._frame_bytes(rows_g, pairs_g)
-            for rows_g, pairs_g in zip(call.num_rows, call.num_pairs, strict=True)
-        ]
-        self._in_flight = True
+        self._begin_call()
+        asked = Rows(layer_id, rows, topk_ids, topk_weights)
         try:
-            if self._lanes is not None:
-                self._lanes.send(called, self._frames, lengths)
-            else:
-                for group in called:
-                    self.transports[group].send(self._frames[group].view[: lengths[group]])
-        except GroupLostError:
-            self._reset()
+            return DispatchHandle(asked, self._send(asked))
+        except GroupLostError as error:
+            if self._patience_s:
+                return DispatchHandle(asked, error)
+            self._end_call()
             raise
-        return DispatchHandle(call, called)
-
-    def _frame_bytes(self, num_rows: int, num_pairs: int) -> int:
-        return (
-            codec.HEADER_BYTES
-            + num_pairs * 12
-            + num_rows * self.options.hidden * self.options.item_bytes
-        )
+        except BaseException:
+            self._end_call()
+            raise
 
     def combine(self, handle: DispatchHandle) -> Tensor:
         """Wait for the answers and sum them: float32 `[T, hidden]`.
 
         Raises:
-            GroupLostError: A group went away, was silent, or answered garbage; its connection is
-                closed.
-            StalePlacementError: A group answered for another placement epoch.
+            GroupLostError: A group went away, was silent, or answered garbage, for longer than the
+                dispatcher's patience; its connection is closed.
+            StalePlacementError: A group does not hold an expert, likewise.
             ExpertMeshError: What a group answered as its error.
         """
-        call, options = handle.call, self.options
         started = time.perf_counter()
-        for group in handle.called:
-            expected = options.result_bytes(call.num_rows[group], call.num_pairs[group])
-            self._results[group].reserve(max(expected, MIN_RESULT_BYTES))
         try:
-            if self._lanes is not None:
-                self._lanes.receive(handle.called, self._headers, self._results, self._timeout_s)
-            else:
-                for group in handle.called:
-                    self.transports[group].receive(
-                        self._headers[group], self._results[group], self._timeout_s
-                    )
-        except BaseException:
-            self._reset()
-            raise
+            if isinstance(handle.sent, GroupLostError):
+                raise handle.sent
+            return self._route.receive(handle.sent, self._timeout_s)
+        except RETRIED as error:
+            return self._again(error, handle.rows)
         finally:
             self.dispatch_s += time.perf_counter() - started
-        self._in_flight = False
-        for group in handle.called:
-            self._check_answer(call, group)
-        if options.combine == codec.Combine.SLOTS:
-            return self._packing.sum_slots(call, self._results)
-        return self._sum_partial(call, handle.called)
+            self._end_call()
 
     @property
     def has_native_calls(self) -> bool:
         """Whether a native step can call the groups by itself (`begin_native`)."""
-        return self._native is not None
+        return self._route.native is not None
 
     def begin_native(self, num_tokens: int) -> int:
         """Return the address of the `em::Dispatch` for one native step of up to `num_tokens` rows.
 
         Raises:
-            GroupLostError: A group cannot be reached.
+            GroupLostError: A group cannot be reached, and there is no patience.
         """
-        assert self._native is not None  # the caller asked `has_native_calls`
-        if self._in_flight:
-            self._reset()
-        address = self._native.begin(num_tokens, self._call_id)
-        self._in_flight = True
-        return address
+        self._begin_call()
+        self._num_tokens = num_tokens
+        self._plan.call_id, self._plan.failure = self._call_id, 0
+        self._failure = None
+        if self._route.native is not None:
+            try:
+                for transport in self.transports:
+                    transport.ensure_open(self._open_timeout_s)
+            except GroupLostError:
+                if not self._patience_s:
+                    self._end_call()
+                    raise
+        self._fill_plan()
+        return ctypes.addressof(self._plan)
 
     def end_native(self, failed_layer: int) -> None:
         """Take up what a native step has done.
@@ -312,100 +287,164 @@ class ExpertDispatcher:
         Raises:
             ExpertMeshError, IndexError: As `dispatch` and `combine` would have.
         """
-        assert self._native is not None
-        plan = self._native.plan
-        self._call_id = plan.call_id
+        plan = self._plan
+        self._call_id = max(self._call_id, plan.call_id)
         self.dispatch_s += plan.wait_ns / 1e9
         plan.wait_ns = 0
-        if failed_layer < 0:
-            self._in_flight = False
-            return
-        if plan.failure == BAD_ANSWER:
-            self._in_flight = False  # every group has answered
-            self._check_answer(self._native.failed_call(failed_layer), plan.failed_group)
-        failure = self._lost(failed_layer, plan.failure, plan.failed_group, plan.failed_detail)
-        self._reset()
-        raise failure
-
-    def _lost(self, layer_id: int, kind: int, group: int, detail: int) -> Exception:
-        """Close what a native step found broken and return what it is."""
-        assert self._native is not None
-        assert self._lanes is not None
-        if kind == BAD_EXPERT:
-            slot = f"top-k slot {detail % self.options.top_k}"
-            return IndexError(f"an expert of layer {layer_id}, {slot}, is out of range or unplaced")
-        if kind == SEND_FAILED:
-            return self._lanes.lost(group, detail, "send: ")
-        statuses = enumerate(self._native.status)
-        lost = [self._lanes.lost(g, status) for g, status in statuses if status]
-        return lost[0] if lost else InternalError(f"a native step failed in layer {layer_id}")
-
-    def _check_answer(self, call: PackedCall, group: int) -> None:
-        """Raise what is wrong with a received answer, and close what cannot be trusted."""
-        options, transport = self.options, self.transports[group]
-        try:
-            header = codec.unpack_header(self._headers[group].view)
-        except WireFormatError as error:
-            transport.close()
-            raise GroupLostError(group_id=transport.group_id, detail=str(error)) from error
-        if header.call_id != call.call_id:
-            transport.close()
-            raise GroupLostError(
-                group_id=transport.group_id,
-                detail=f"answered call {header.call_id} instead of {call.call_id}",
-            )
-        if header.kind == codec.FrameKind.ERROR:
-            raise from_status_bytes(bytes(self._results[group].view[: header.payload_bytes]))
-        expected = options.result_bytes(call.num_rows[group], call.num_pairs[group])
-        if header.kind != codec.FrameKind.RESULT or header.payload_bytes != expected:
-            transport.close()
-            raise GroupLostError(
-                group_id=transport.group_id,
-                detail=f"answered kind {header.kind} with {header.payload_bytes} bytes, "
-                f"expected {expected}",
-            )
-        if header.placement_epoch != options.placement_epoch:
-            transport.close()
-            raise StalePlacementError(
-                layer_id=call.layer_id,
-                expert_id=-1,
-                group_epoch=header.placement_epoch,
-                call_epoch=options.placement_epoch,
-            )
-
-    def _sum_partial(self, call: PackedCall, called: list[int]) -> Tensor:
-        """Add the groups' partial sums in group order: float32 `[T, hidden]`."""
-        options = self.options
-        out = torch.zeros(call.num_tokens, options.hidden)
-        pair_group = call.pair_group[: call.num_tokens * options.top_k]
-        pair_group = pair_group.view(call.num_tokens, options.top_k)
-        for group in called:
-            num_bytes = options.result_bytes(call.num_rows[group], 0)
-            partial = self._results[group].tensor[:num_bytes].view(torch.float32)
-            tokens = (pair_group == group).any(dim=1)
-            out[tokens] += partial.view(-1, options.hidden)
-        return out
-
-    def _reset(self) -> None:
-        """Forget the call in flight: answers still under way die with their connections."""
-        for transport in self.transports:
-            transport.close()
-        self._in_flight = False
+        self._end_call()
+        if failed_layer >= 0:
+            raise self._failure or InternalError(f"a native step failed in layer {failed_layer}")
 
     def close(self) -> None:
-        """Close every connection and channel."""
-        self._reset()
-        for channel in self._channels:
-            channel.close()
+        """Close every connection and channel; a call that waits for a group fails."""
+        self.give_up()
+        with self._news:
+            if self._next is not None:
+                self._next.close(except_for=self._route)
+                self._next = None
+        self._route.close()
+
+    def _new_route(
+        self, placement: Placement, links: Sequence[Link], options: CallOptions
+    ) -> Route:
+        return Route(placement, links, options, self._kernels, self._load_of_layer)
+
+    def _begin_call(self) -> None:
+        with self._news:
+            if self._in_flight:
+                self._route.hang_up()  # abandoned: answers under way die with their connections
+            self._adopt()
+            self._in_flight = True
+
+    def _end_call(self) -> None:
+        with self._news:
+            self._in_flight = False
+            self._adopt()
+
+    def _adopt(self) -> None:
+        """Put the route to come in force; no call is in flight, or the one that is starts over."""
+        if self._next is None:
+            return
+        before, self._route, self._next = self._route, self._next, None
+        before.close(except_for=self._route)
+        log.info("event=placement_adopted epoch=%d", self.placement.epoch)
+        self._news.notify_all()
+
+    def _send(self, rows: Rows) -> SentCall:
+        self._call_id += 1
+        return self._route.send(self._call_id, rows, self._open_timeout_s)
+
+    def _again(self, error: Exception, rows: Rows) -> Tensor:
+        """Send a failed call again until it is answered.
+
+        At once, then whenever another placement is offered, and every `RETRY_INTERVAL_S`.
+
+        Raises:
+            ExpertMeshError: The last failure, after `patience_s` or `give_up`.
+        """
+        if not self._patience_s:
+            raise error
+        log.warning("event=call_failed layer=%d reason=%r", rows.layer_id, str(error))
+        started = time.monotonic()
+        is_first = True
+        while True:
+            with self._news:
+                if not is_first and self._next is None and not self._is_closed:
+                    self._news.wait(RETRY_INTERVAL_S)
+                self._adopt()
+                has_patience = time.monotonic() - started < self._patience_s
+                if self._is_closed or not has_patience:
+                    raise error
+            is_first = False
+            try:
+                answer = self._route.receive(self._send(rows), self._timeout_s)
+            except RETRIED as failure:
+                error = failure
+                continue
+            waited_s = time.monotonic() - started
+            log.info("event=call_answered layer=%d waited_s=%.2f", rows.layer_id, waited_s)
+            return answer
+
+    def _fill_plan(self) -> None:
+        """Let the plan's next layers go along the route, natively where its lanes are open."""
+        native = self._route.native
+        if native is not None and native.is_open:
+            native.fill(self._plan, self._num_tokens)
+        self._plan.by_rescue = native is None or not native.is_open
+
+    def _rescue(
+        self, layer_id: int, rows: int, num_tokens: int, ids: int, weights: int, out: int
+    ) -> int:
+        """Compute a layer of a native step whose own call failed; native code calls this.
+
+        Returns:
+            1; or 0 where it failed for good, as `_failure` says.
+        """
+        started = time.perf_counter()
+        try:
+            options = self.options
+            asked = Rows(
+                layer_id,
+                _floats(rows, num_tokens, options.hidden),
+                _ints(ids, num_tokens, options.top_k),
+                _floats(weights, num_tokens, options.top_k),
+            )
+            _floats(out, num_tokens, options.hidden).copy_(self._rescued(asked))
+            self._plan.call_id = self._call_id
+            self._fill_plan()
+        except Exception as error:  # it must not unwind through native code
+            self._failure = error
+            return 0
+        finally:
+            self.dispatch_s += time.perf_counter() - started
+        return 1
+
+    def _rescued(self, rows: Rows) -> Tensor:
+        if not self._plan.by_rescue:
+            self._call_id = self._plan.call_id
+            failure = self._native_failure(rows.layer_id)
+            if isinstance(failure, RETRIED):
+                return self._again(failure, rows)
+            raise failure
+        try:
+            return self._route.receive(self._send(rows), self._timeout_s)
+        except RETRIED as error:
+            return self._again(error, rows)
+
+    def _native_failure(self, layer_id: int) -> Exception:
+        """Close what a native call found broken and return what it is."""
+        route, plan = self._route, self._plan
+        assert route.native is not None
+        assert route.lanes is not None
+        kind, group, detail = plan.failure, plan.failed_group, plan.failed_detail
+        failure: Exception = InternalError(f"a native step failed in layer {layer_id}")
+        if kind == BAD_ANSWER:  # every group has answered
+            try:
+                route.check_answer(route.native.failed_call(layer_id, plan.call_id), group)
+            except Exception as error:
+                return error
+        elif kind == BAD_EXPERT:
+            slot = f"top-k slot {detail % route.options.top_k}"
+            failure = IndexError(
+                f"an expert of layer {layer_id}, {slot}, is out of range or unplaced"
+            )
+        elif kind == SEND_FAILED:
+            failure = route.lanes.lost(group, detail, "send: ")
+        else:
+            statuses = enumerate(route.native.status)
+            lost = [route.lanes.lost(g, status) for g, status in statuses if status]
+            failure = lost[0] if lost else failure
+        route.hang_up()
+        return failure
 
 
-def _answers(channel: grpc.Channel) -> bool:
-    try:
-        grpc.channel_ready_future(channel).result(GRPC_READY_TIMEOUT_S)
-    except grpc.FutureTimeoutError:
-        return False
-    return True
+def _floats(address: int, rows: int, columns: int) -> Tensor:
+    """Return native memory as a float32 tensor `[rows, columns]`."""
+    memory = (ctypes.c_float * (rows * columns)).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.float32).view(rows, columns)
 
 
-MIN_RESULT_BYTES = 16 << 10
-"""An error answer always fits."""
+def _ints(address: int, rows: int, columns: int) -> Tensor:
+    """Return native memory as an int32 tensor `[rows, columns]`."""
+    memory = (ctypes.c_int32 * (rows * columns)).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.int32).view(rows, columns)

@@ -1,7 +1,7 @@
 """Dispatch and combine inside a native step: what `experts/native/dispatch.h` has to know.
 
-The lanes, the buffers and the counters are the dispatcher's own; here their addresses stand side by
-side, so that a step of the trunk calls the expert groups in every layer without the interpreter.
+The lanes, the buffers and the counters are the route's; here their addresses stand side by side, so
+that a step of the trunk calls the expert groups in every layer without the interpreter.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ from router.gating.transport.lane import LaneTransport
 BAD_EXPERT, SEND_FAILED, RECEIVE_FAILED, BAD_ANSWER = 1, 2, 3, 4
 """Values of `failure`."""
 
+RESCUE = ctypes.CFUNCTYPE(
+    ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3
+)
+"""`(layer_id, rows, num_tokens, topk_ids, topk_weights, out) -> 1 or 0`."""
 
-class _Dispatch(ctypes.Structure):
-    """`em::Dispatch`."""
+
+class DispatchPlan(ctypes.Structure):
+    """`em::Dispatch`: what a native step knows of its calls, wherever they go."""
 
     _fields_ = (
         [
@@ -38,15 +43,19 @@ class _Dispatch(ctypes.Structure):
                 *("fds", "status", "num_rows", "num_pairs", "pair_group", "pair_index"),
             )
         ]
+        + [("rescue", RESCUE)]
         + [
             (name, ctypes.c_int64)
-            for name in ("call_id", "failure", "failed_group", "failed_detail", "wait_ns")
+            for name in (
+                *("by_rescue", "call_id", "failure", "failed_group", "failed_detail"),
+                "wait_ns",
+            )
         ]
     )
 
 
 class NativeCalls:
-    """The calls of one dispatcher whose groups all have lanes.
+    """The calls along one route whose groups all have lanes.
 
     Args:
         options: Of every call; `Combine.SLOTS`.
@@ -84,7 +93,7 @@ class NativeCalls:
         self._num_rows = (ctypes.c_int64 * num)()
         self._num_pairs = (ctypes.c_int64 * num)()
         self._pairs = torch.empty(2, 0, dtype=torch.int32)
-        self.plan = _Dispatch(
+        self._plan = DispatchPlan(
             num_groups=num,
             num_experts=len(groups_of_layer[0]),
             top_k=options.top_k,
@@ -104,17 +113,18 @@ class NativeCalls:
             num_rows=ctypes.addressof(self._num_rows),
             num_pairs=ctypes.addressof(self._num_pairs),
         )
-        self.address = ctypes.addressof(self.plan)
 
-    def begin(self, num_tokens: int, call_id: int) -> int:
-        """Make room for calls of up to `num_tokens` rows; return the plan's address.
+    @property
+    def is_open(self) -> bool:
+        """Whether every lane has a connection."""
+        return all(lane.is_open for lane in self._lanes)
 
-        Raises:
-            GroupLostError: A lane that has to be opened anew cannot be.
+    def fill(self, plan: DispatchPlan, num_tokens: int) -> None:
+        """Let `plan` describe calls of up to `num_tokens` rows over these lanes, which are open.
+
+        Leaves alone what a step adds up: `call_id`, `wait_ns`, and who rescues it.
         """
-        options, plan = self._options, self.plan
-        plan.call_id = call_id
-        plan.failure = 0
+        options, own = self._options, self._plan
         for group, lane in enumerate(self._lanes):
             self._fds[group] = lane.fileno()
         frame_bytes = options.frame_capacity(num_tokens)
@@ -131,13 +141,14 @@ class NativeCalls:
             self._result_bytes[group] = len(result.view)
         if num_tokens * options.top_k > self._pairs.shape[1]:
             self._pairs = torch.empty(2, 2 * num_tokens * options.top_k, dtype=torch.int32)
-            plan.pair_group, plan.pair_index = (row.data_ptr() for row in self._pairs)
-        return self.address
+            own.pair_group, own.pair_index = (row.data_ptr() for row in self._pairs)
+        own.call_id, own.wait_ns, own.rescue = plan.call_id, plan.wait_ns, plan.rescue
+        ctypes.memmove(ctypes.byref(plan), ctypes.byref(own), ctypes.sizeof(own))
 
-    def failed_call(self, layer_id: int) -> PackedCall:
+    def failed_call(self, layer_id: int, call_id: int) -> PackedCall:
         """Return the call that failed, as the checks of an answer want it."""
         return PackedCall(
-            call_id=self.plan.call_id,
+            call_id=call_id,
             layer_id=layer_id,
             num_tokens=0,
             topk_weights=torch.empty(0),

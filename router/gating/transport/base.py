@@ -44,6 +44,13 @@ class Transport(Protocol):
     name: str
     """`lane-unix`, `lane-tcp`, `grpc` or `local`."""
 
+    def ensure_open(self, timeout_s: float | None = None) -> None:
+        """Open the connection when there is none and it takes more than a `send`.
+
+        Raises:
+            GroupLostError: Not open within `timeout_s`; None: the transport's own bound.
+        """
+
     def send(self, frame: memoryview) -> None:
         """Hand over one whole forward frame; opens the connection when there is none.
 

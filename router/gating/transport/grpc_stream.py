@@ -39,6 +39,9 @@ class GrpcStreamTransport:
         self._closed = threading.Event()
         self._watchdog: threading.Thread | None = None
 
+    def ensure_open(self, timeout_s: float | None = None) -> None:
+        """See `Transport.ensure_open`; `send` opens the stream, and `receive` hears of failures."""
+
     def send(self, frame: memoryview) -> None:
         """See `Transport.send`."""
         if self._call is None:

@@ -53,20 +53,32 @@ class LaneTransport:
         assert self._socket is not None
         return self._socket.fileno()
 
-    def open(self) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection; its far end may have gone."""
+        return self._socket is not None
+
+    def ensure_open(self, timeout_s: float | None = None) -> None:
+        """See `Transport.ensure_open`."""
+        if self._socket is None:
+            self.open(timeout_s)
+
+    def open(self, timeout_s: float | None = None) -> None:
         """Ask for a lane, connect and greet.
+
+        Args:
+            timeout_s: Bound on all of it; None: the lane's own.
 
         Raises:
             GroupLostError: The group cannot be reached in time or refuses.
         """
-        end = time.monotonic() + self._connect_timeout_s
+        timeout_s = timeout_s or self._connect_timeout_s
+        end = time.monotonic() + timeout_s
         request = experts_pb2.OpenLaneRequest(
             router_id=self._router_id, version=codec.FRAME_VERSION, host_id=host_id()
         )
         try:
-            answer = self._stub.OpenLane(
-                request, timeout=self._connect_timeout_s, wait_for_ready=True
-            )
+            answer = self._stub.OpenLane(request, timeout=timeout_s, wait_for_ready=True)
         except grpc.RpcError as error:
             refusal = self._refusal(error)
             raise GroupLostError(group_id=self.group_id, detail=f"OpenLane: {refusal}") from refusal

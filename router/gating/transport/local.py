@@ -20,6 +20,9 @@ class LocalTransport:
         self._runtime = runtime
         self._frame = memoryview(b"")
 
+    def ensure_open(self, timeout_s: float | None = None) -> None:
+        """See `Transport.ensure_open`; there is no connection."""
+
     def send(self, frame: memoryview) -> None:
         """See `Transport.send`."""
         self._frame = frame

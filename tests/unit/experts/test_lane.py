@@ -112,8 +112,8 @@ def test_a_call_that_fails_does_not_end_the_lane(
     lanes: LaneServer, runtime: ExpertRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_lane(lanes.offer(version=1, host_id=HERE)) as sock:
-        with pytest.raises(StalePlacementError, match="call at 9") as raised:
-            ask(sock, *forward_call(placement_epoch=9, call_id=41))
+        with pytest.raises(StalePlacementError, match="layer 0 expert 4") as raised:
+            ask(sock, *forward_call(2, (4,), call_id=41))
         assert raised.value.__notes__ == ["call_id 41"]
         with pytest.raises(WireFormatError, match="layer_id 7"):
             ask(sock, *forward_call(layer_id=7))
@@ -130,7 +130,7 @@ def test_a_fault_of_ours_is_an_internal_error_without_its_text(
         patched.setattr(runtime, "forward", faulty)
         sock = open_lane(lanes.offer(version=1, host_id=HERE))
         with pytest.raises(InternalError, match="KeyError") as raised:
-            ask(sock, *forward_call(placement_epoch=9))  # not ordinary: past the express
+            ask(sock, *forward_call(2, (4,)))  # not ordinary: past the express
         assert "secret" not in str(raised.value)
     sock.close()
 

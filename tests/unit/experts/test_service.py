@@ -126,8 +126,8 @@ def test_a_call_that_fails_does_not_end_the_stream(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = Stream(group.stub)
-    header, payload = forward_call(placement_epoch=5, call_id=8)
-    with pytest.raises(StalePlacementError, match="call at 5") as raised:
+    header, payload = forward_call(2, (4,), call_id=8)
+    with pytest.raises(StalePlacementError, match="layer 0 expert 4") as raised:
         stream.ask(pack_header(header) + payload)
     assert raised.value.__notes__ == ["call_id 8"]
     with pytest.raises(WireFormatError, match="header of 3 bytes"):
@@ -334,7 +334,7 @@ def test_stop_does_not_wait_for_a_forward_that_never_ends(
         stopped.set()
 
     monkeypatch.setattr(made.runtime, "forward", hang)
-    header, payload = forward_call(placement_epoch=9)  # not ordinary: past the express
+    header, payload = forward_call(0)  # not ordinary: past the express
     frame = pack_header(header) + payload
     lane = open_lane(made.server.lanes.offer(version=1, host_id=host_id()))
     stream = Stream(made.stub)

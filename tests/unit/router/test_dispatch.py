@@ -170,16 +170,20 @@ def test_partial_sums_are_close_to_slots(groups: Callable[..., Groups]) -> None:
 
 
 @pytest.mark.parametrize("transport", ["lane", "grpc"])
-def test_a_call_of_another_epoch_is_refused_and_the_connection_survives(
+def test_a_call_for_an_absent_expert_is_refused_and_the_connection_survives(
     groups: Callable[..., Groups], transport: Any
 ) -> None:
-    one = groups(a=1.0)
+    two = groups(a=3.0, b=1.0)
     stale = plan_placement(LAYERS, EXPERTS, {"a": 1.0}, epoch=5)
-    dispatcher = connect(one, transport=transport, placement=stale)
+    dispatcher = connect(two, transport=transport, placement=stale)
     with pytest.raises(StalePlacementError) as caught:
-        dispatcher.combine(dispatcher.dispatch(0, *call(2)))
+        dispatcher.combine(dispatcher.dispatch(0, *call(32)))
     assert caught.value.fields["group_epoch"] == 1
     assert caught.value.fields["call_epoch"] == 5
+    rows, _, weights = call(3)
+    held = two.placement.experts_of("a")[0][:TOP_K]
+    ids = torch.tensor([held] * 3, dtype=torch.int32)
+    assert torch.isfinite(dispatcher.combine(dispatcher.dispatch(0, rows, ids, weights))).all()
     dispatcher.close()
 
 

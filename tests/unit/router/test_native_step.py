@@ -38,23 +38,32 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Service:
     """Two groups behind lanes, and a decoder that calls them."""
 
-    def __init__(self, path: Path, dtype: torch.dtype, epoch: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype,
+        *,
+        called: dict[str, float] | None = None,
+        epoch: int = 1,
+        patience_s: float = 0.0,
+    ) -> None:
         config = ModelConfig.from_checkpoint(path)
         name = str(dtype).removeprefix("torch.")
         shares = {"a": 2.0, "b": 1.0}
         placement = plan_placement(config.num_layers, config.num_experts, shares)
         self.servers = []
-        addresses = {}
+        self.addresses = addresses = {}
+        self.runtimes = []
         for group_id in placement.groups:
             runtime = ExpertRuntime(
                 group_id=group_id, checkpoint=path, dtype=name, compute="native"
             )
             runtime.load(placement)
+            self.runtimes.append(runtime)
             self.servers.append(start_expert_server(runtime, "127.0.0.1"))
             addresses[group_id] = self.servers[-1].address
-        called = plan_placement(config.num_layers, config.num_experts, shares, epoch=epoch)
         self.dispatcher = ExpertDispatcher.connect(
-            called,
+            plan_placement(config.num_layers, config.num_experts, called or shares, epoch=epoch),
             addresses,
             router_id="router-test",
             hidden=config.hidden_size,
@@ -63,6 +72,7 @@ class Service:
             transport="lane",
             kernels=KERNELS,
             timeout_s=20.0,
+            patience_s=patience_s,
         )
         self.decoder = Decoder.from_checkpoint(path, dtype=dtype, experts=self.dispatcher)
 
@@ -138,8 +148,8 @@ def test_a_dense_step_needs_no_experts(tmp_path: Path, dtype: torch.dtype) -> No
     assert decoder._native is not None
 
 
-def test_a_call_of_another_epoch_is_refused_and_the_lanes_survive(path: Path) -> None:
-    service = Service(path, torch.float32, epoch=5)
+def test_a_call_for_an_absent_expert_is_refused_and_the_lanes_survive(path: Path) -> None:
+    service = Service(path, torch.float32, called={"b": 1.0, "a": 2.0}, epoch=5)
     lanes = [lane.fileno() for lane in service.dispatcher.transports]  # type: ignore[attr-defined]
     caches = service.caches()
     try:
