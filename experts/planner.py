@@ -53,9 +53,9 @@ def plan_placement(
         ConfigurationError: No group with capacity, a capacity that is not a finite number of 0 or
             more, or a load of another shape, negative or not finite.
     """
-    shares = _shares(capacities)
+    shares = relative_shares(capacities)
     if load is not None:
-        _check_load(load, num_layers, num_experts)
+        check_load(load, num_layers, num_experts)
     counts_LG = slots_per_layer(num_layers, num_experts, shares)
     table = np.empty((num_layers, num_experts, 1), np.int32)
     for layer_id, counts_G in enumerate(counts_LG):
@@ -142,7 +142,12 @@ def _heaviest_first(
     return groups_E
 
 
-def _shares(capacities: Mapping[str, float]) -> npt.NDArray[np.float64]:
+def relative_shares(capacities: Mapping[str, float]) -> npt.NDArray[np.float64]:
+    """Return `[G]` shares that sum to 1.
+
+    Raises:
+        ConfigurationError: No group with capacity, or one that is not a finite number, 0 or more.
+    """
     for group, capacity in capacities.items():
         if not (math.isfinite(capacity) and capacity >= 0):
             field = f"capacities.{group}"
@@ -153,7 +158,12 @@ def _shares(capacities: Mapping[str, float]) -> npt.NDArray[np.float64]:
     return np.array([capacity / total for capacity in capacities.values()], np.float64)
 
 
-def _check_load(load: Load, num_layers: int, num_experts: int) -> None:
+def check_load(load: Load, num_layers: int, num_experts: int) -> None:
+    """Check load figures `[L, E]`.
+
+    Raises:
+        ConfigurationError: Another shape, negative, or not finite.
+    """
     if load.shape != (num_layers, num_experts):
         rule = f"must have shape [{num_layers}, {num_experts}]"
         raise ConfigurationError("load", rule, str(list(load.shape)))
