@@ -7,6 +7,8 @@ Words: *cold* cache blocks are the first ones of a sequence, 128 tokens each, wi
 *shelf* holds `SHELF_BLOCKS` of them, in memory or in the tier, and is what a layer attends to at a
 time. In memory a shelf is layer-major, so a layer's part of it is one slice that nobody copies.
 
+Cache blocks come from the pool, one by one, or all at once from the tier, when a long session goes
+on in another router: room is *reserved* for them, each is *placed*, and what is whole is *settled*.
 A cold value is read back as it was written, or `ColdKvError` is raised: never other bytes.
 """
 
@@ -51,12 +53,19 @@ class ColdTier(Protocol):
         """
         ...
 
+    def adopt(self, key: bytes, values: Bytes) -> Any:
+        """Return what `read` wants for a cache block `[layers, bytes]` that lies in the tier.
+
+        It was read from there a moment ago and verified; nothing is sent. Any number of threads.
+        """
+        ...
+
 
 @dataclass(slots=True)
 class _Shelf:
     values: Bytes | None
     """`[layers, SHELF_BLOCKS, bytes]`; None where it lies in the tier."""
-    handles: list[Any] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=lambda: [None] * SHELF_BLOCKS)
     """Of the tier, one a cache block."""
     num_blocks: int = 0
 
@@ -89,9 +98,14 @@ class ColdStore:
         return self._num_shelves * SHELF_BLOCKS * self.block_bytes
 
     @property
+    def max_memory_tokens(self) -> int:
+        """Tokens that fit into memory."""
+        return self._max_shelves * SHELF_BLOCKS * CACHE_BLOCK
+
+    @property
     def max_tokens(self) -> int | None:
         """Tokens that fit; None: as many as the tier takes."""
-        return None if self.tier is not None else self._max_shelves * SHELF_BLOCKS * CACHE_BLOCK
+        return None if self.tier is not None else self.max_memory_tokens
 
     def new_sequence(self) -> ColdSequence:
         """Return a place for the cold cache blocks of one sequence."""
@@ -141,33 +155,67 @@ class ColdSequence:
         """Tokens."""
         return self.num_blocks * CACHE_BLOCK
 
-    def append(self, key: bytes, parent: bytes, read: Callable[[Bytes], None]) -> None:
+    def append(self, key: bytes, parent: bytes, values: Bytes) -> None:
         """Add the next cache block.
 
         Args:
             key: Its name in the tier.
             parent: The name of the one before it.
-            read: Writes the block, all layers, layer-major, into the given bytes.
+            values: The block, all layers, layer-major; copied.
 
         Raises:
             ColdKvError: It cannot be kept.
         """
-        if not self._shelves or self._shelves[-1].num_blocks == SHELF_BLOCKS:
-            self._shelves.append(self._store.take_shelf())
-        shelf, store = self._shelves[-1], self._store
-        block = np.empty(store.block_bytes, np.uint8)
-        read(block)
-        parts = block.reshape(store.num_layers, store.layer_bytes)
+        index = self.num_blocks
+        self.reserve(index + 1)
+        shelf, store = self._shelves[index // SHELF_BLOCKS], self._store
         if shelf.values is not None:
-            shelf.values[:, shelf.num_blocks] = parts
+            self.place(index, key, values)
         else:
             assert store.tier is not None, "a shelf is in memory or in the tier"
-            handle = store.tier.put(key, parent, parts)
+            handle = store.tier.put(key, parent, self._parts(values))
             if handle is None:
                 raise ColdKvError("the cold tier did not take a cache block")
-            shelf.handles.append(handle)
-        shelf.num_blocks += 1
-        self.num_blocks += 1
+            shelf.handles[index % SHELF_BLOCKS] = handle
+        self.settle(index + 1)
+
+    def reserve(self, num_blocks: int) -> None:
+        """Take shelves for so many cache blocks in all, so that `place` finds one.
+
+        Raises:
+            ColdKvError: There is no room.
+        """
+        while len(self._shelves) * SHELF_BLOCKS < num_blocks:
+            self._shelves.append(self._store.take_shelf())
+
+    def place(self, index: int, key: bytes, values: Bytes) -> None:
+        """Put a verified cache block, come from the tier, where `reserve` made room for it.
+
+        Any thread, one a cache block. On a shelf of the tier only its handle is kept: that is what
+        is read, part by part, while the layers run.
+        """
+        shelf, place = self._shelves[index // SHELF_BLOCKS], index % SHELF_BLOCKS
+        parts = self._parts(values)
+        if shelf.values is not None:
+            shelf.values[:, place] = parts
+        else:
+            assert self._store.tier is not None, "a shelf is in memory or in the tier"
+            shelf.handles[place] = self._store.tier.adopt(key, parts)
+
+    def settle(self, num_blocks: int) -> None:
+        """Say how many cache blocks are in place; shelves reserved for more are given back."""
+        changed = min(self.num_blocks, num_blocks) // SHELF_BLOCKS
+        self.num_blocks = num_blocks
+        num_shelves = -(-num_blocks // SHELF_BLOCKS)
+        for shelf in self._shelves[num_shelves:]:
+            self._store.give_back(shelf)
+        del self._shelves[num_shelves:]
+        for number in range(changed, num_shelves):
+            filled = num_blocks - number * SHELF_BLOCKS
+            self._shelves[number].num_blocks = min(SHELF_BLOCKS, filled)
+
+    def _parts(self, values: Bytes) -> Bytes:
+        return values.reshape(self._store.num_layers, self._store.layer_bytes)
 
     def past(self) -> ColdPast:
         """Return what one step reads; nothing is appended meanwhile."""
@@ -230,7 +278,7 @@ class ColdPast:
             return
         layer, shelf = job
         out = self._buffers[self._turn, : shelf.num_blocks]
-        tier, handles = self._store.tier, shelf.handles
+        tier, handles = self._store.tier, shelf.handles[: shelf.num_blocks]
         assert tier is not None, "a shelf is in memory or in the tier"
         self._ahead = self._store.prefetch(lambda: tier.read(handles, layer, out))
 

@@ -43,7 +43,7 @@ from router.engine.inbox import Inbox
 from router.engine.model import Model
 from router.engine.outbox import Deliver, Outbox
 from router.engine.request import EngineRequest, FinishReason, Priority, Sink, StepOutput
-from router.engine.restore import reuse_of
+from router.engine.restore import Restorer, reuse_of
 from router.engine.sampler import sample
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, SequenceState
@@ -88,11 +88,13 @@ class Engine:
         self._blocks = BlockManager(config.num_blocks, config.block_size)
         self._state_slots = StatePool(config.num_state_slots)
         self._inbox = Inbox()
-        self._reuse, self._restorer = reuse_of(
-            model, self._caches, self._blocks, config, tier, self._inbox.post, clock
-        )
-        self._spill = spill_of(model, self._caches, self._blocks, config, cold_tier, self._reuse)
-        restorer = self._restorer
+        post = self._inbox.post
+        reuse = reuse_of(model, self._caches, self._blocks, config, tier, post)
+        self._spill = spill_of(model, self._caches, self._blocks, config, cold_tier, reuse)
+        restorer = None
+        if tier is not None and reuse is not None:
+            restorer = Restorer(tier, reuse, self._spill, config, post, clock)
+        self._reuse, self._restorer = reuse, restorer
         self._scheduler = Scheduler(
             blocks=self._blocks,
             state_slots=self._state_slots,
@@ -106,7 +108,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_prompt_rows=config.max_prompt_rows,
-            reuse=self._reuse,
+            reuse=reuse,
             load=None
             if restorer is None
             else lambda s: restorer.load(s, self._scheduler.end_restore),
@@ -386,6 +388,11 @@ class Engine:
             self._fail(sequence, error, self._clock())
         else:
             self._scheduler.start_over(sequence)
+            if self._restorer is None:
+                self._scheduler.add(sequence)
+            else:
+                self._scheduler.begin_probe(sequence)
+                self._restorer.probe(sequence, self._scheduler.end_probe)
 
     def _note_prompt_logprobs(self, chunk: PrefillChunk, logits: Tensor) -> None:
         sequence = chunk.sequence

@@ -19,7 +19,7 @@ snapshots' own budget in bytes is used up.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from router.engine.block_manager import BlockManager
@@ -38,6 +38,8 @@ class CachedBlock:
     num_users: int = 1
     is_listed: bool = True
     """False once it must not be found any more."""
+    is_offered: bool = False
+    """Whether the tier has taken it, or gave it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,8 @@ class PrefixUse:
     chain: HashChain
     held: list[CachedBlock] = field(default_factory=list)
     """Cache blocks it shares, from the first token on; its own blocks follow."""
+    unwritten: deque[tuple[int, CachedBlock]] = field(default_factory=deque)
+    """Those of them, with their index, that wait to be offered to the tier, the first one first."""
     snapshot_at: list[int] = field(default_factory=list)
     """Positions where its prefill stops for a snapshot, falling: the next is the last."""
     floor: int = 0

@@ -59,7 +59,7 @@ class Reuse:
     ) -> None:
         self.cache = PrefixCache(blocks, config.max_snapshot_bytes)
         self._blocks = blocks
-        self._io = io
+        self.io = io
         self._config = config
         self._tier = tier
         self._post = post
@@ -107,7 +107,7 @@ class Reuse:
 
     def find(self, sequence: Sequence) -> Match | None:
         """Return how far the pool restores a waiting sequence; None: it had better wait."""
-        use = self._extended(sequence)
+        use = self.extended(sequence)
         limit = self.limit_of(sequence)
         match = self.cache.match(use.chain, limit)
         for position in self._wanted(sequence, match):
@@ -122,6 +122,7 @@ class Reuse:
         for entry in match.held:
             self.cache.hold(entry)
         use.held = list(match.held)
+        use.unwritten.extend((i, e) for i, e in enumerate(match.held) if not e.is_offered)
         sequence.blocks = [block for entry in match.held for block in entry.blocks]
 
     def restore(self, sequence: Sequence, match: Match) -> None:
@@ -132,7 +133,7 @@ class Reuse:
         if match.snapshot is not None:
             self.cache.touch_snapshot(use.chain.position_hash(match.num_tokens))
         use.floor, use.uploaded = match.num_tokens, match.uploaded
-        if not sequence.num_preemptions:
+        if not sequence.prompt_reported:
             sequence.num_cached = match.num_tokens
         self._hit_tokens += match.num_tokens
         self._lost_tokens += match.lost_tokens
@@ -143,10 +144,10 @@ class Reuse:
         snapshot = _use(sequence).restored
         sequence.num_computed = 0
         if snapshot is not None:
-            self._io.write_state(sequence.state_slot, snapshot.state)
+            self.io.write_state(sequence.state_slot, snapshot.state)
             if tail := snapshot.num_tokens % CACHE_BLOCK:
                 index = snapshot.num_tokens // CACHE_BLOCK
-                self._io.write_tail(self._blocks_of(sequence, index), tail, snapshot.tail)
+                self.io.write_tail(self._blocks_of(sequence, index), tail, snapshot.tail)
             sequence.num_computed = snapshot.num_tokens
 
     def _wanted(self, sequence: Sequence, match: Match) -> list[int]:
@@ -173,7 +174,7 @@ class Reuse:
         for position in use.snapshot_at:
             self._expected.setdefault(use.chain.position_hash(position), sequence)
 
-    def _extended(self, sequence: Sequence) -> PrefixUse:
+    def extended(self, sequence: Sequence) -> PrefixUse:
         """Return the sequence's use, its chain at the last token."""
         use = _use(sequence)
         have = use.chain.num_tokens
@@ -217,20 +218,22 @@ class Reuse:
         first = sequence.num_cold_blocks + len(use.held)
         for index in range(first, sequence.num_computed // CACHE_BLOCK):
             if use.chain.num_tokens < (index + 1) * CACHE_BLOCK:
-                self._extended(sequence)
+                self.extended(sequence)
             key = use.chain.block_hash(index)
             own = self._blocks_of(sequence, index)
             entry = self.cache.find(key)
             if entry is None:
                 entry = self.cache.insert(key, own)
-                if not are_stored:
-                    self._write_block(sequence, index, entry)
+                entry.is_offered = are_stored
             else:
                 self.cache.hold(entry)
                 sequence.blocks[self._span(sequence, index)] = entry.blocks
                 self._blocks.release(own)
                 moved = True
             use.held.append(entry)
+            if not entry.is_offered:
+                use.unwritten.append((index, entry))
+        self._write_blocks(sequence)
         return moved
 
     def _no_longer_expected(self, sequence: Sequence, position: int) -> int:
@@ -242,13 +245,13 @@ class Reuse:
     def _take_snapshot(self, sequence: Sequence) -> None:
         """Copy state and tail of all that is computed; its cache blocks are kept already."""
         num_tokens = sequence.num_computed
-        use = self._extended(sequence)
+        use = self.extended(sequence)
         use.floor = num_tokens
         key = use.chain.position_hash(num_tokens)
         if self.cache.has_snapshot(key):
             self.cache.touch_snapshot(key)
             return
-        io = self._io
+        io = self.io
         state_bytes, tail = io.state_bytes, num_tokens % CACHE_BLOCK
         values = np.empty(state_bytes + io.tail_bytes(tail), dtype=np.uint8)
         io.read_state(sequence.state_slot, values[:state_bytes])
@@ -261,9 +264,20 @@ class Reuse:
         self._write_snapshot(sequence, key, snapshot)
         self.cache.add_snapshot(use.chain, snapshot, use.uploaded)
 
-    def let_go_of_first(self, sequence: Sequence) -> None:
-        """Let go of the oldest cache block of a sequence that spills it."""
-        self.cache.let_go(_use(sequence).held.pop(0))
+    def let_go_of_first(self, sequence: Sequence, values: NDArray[np.uint8]) -> None:
+        """Let go of the oldest cache block of a sequence that spills it. If it still waits to be
+        offered to the tier, its copy is: a hole would make all behind it useless to others.
+
+        Args:
+            sequence: Its cold cache blocks include this one already.
+            values: The copy; not written any more.
+        """
+        use = _use(sequence)
+        entry = use.held.pop(0)
+        if use.unwritten and use.unwritten[0][1] is entry:
+            index, _ = use.unwritten.popleft()
+            self._offer(sequence, index, entry, lambda out: _copy(values, out), lambda: None)
+        self.cache.let_go(entry)
 
     def distrust(self, sequence: Sequence) -> None:
         """Let nobody find what a sequence shares: its logits were not finite."""
@@ -286,6 +300,8 @@ class Reuse:
             self.cache.let_go(entry)
         for position in use.snapshot_at:
             self._no_longer_expected(sequence, position)
+        self._skipped_writes += len(use.unwritten)
+        use.unwritten.clear()
         use.held, use.snapshot_at, use.restored, use.load_to = [], [], None, 0
         return own
 
@@ -296,7 +312,7 @@ class Reuse:
         use = _use(sequence)
         gained = snapshot.num_tokens - sequence.num_computed
         sequence.num_computed = use.floor = use.uploaded = snapshot.num_tokens
-        if not sequence.num_preemptions:
+        if not sequence.prompt_reported:
             sequence.num_cached = snapshot.num_tokens
         self._restored_tokens += gained
         self._keep_blocks(sequence, are_stored=True)
@@ -308,32 +324,54 @@ class Reuse:
         is_shared = any(stop <= junction for junction in sequence.request.junctions)
         return TtlClass.SHARED if is_shared else TtlClass.SESSION
 
-    def _write_block(self, sequence: Sequence, index: int, entry: CachedBlock) -> None:
-        """Offer a cache block to the tier; it has a user more until it is copied out."""
+    def _write_blocks(self, sequence: Sequence) -> None:
+        """Offer waiting cache blocks to the tier, the first one first, until too much of the pool
+        is held for that; each has a user more until it is copied out."""
+        use = _use(sequence)
         if self._tier is None:
-            return
-        if (self._num_writing + 1) * self._per > self._blocks.num_blocks // _WRITING_SHARE:
-            self._skipped_writes += 1
-            return
-        blocks, io = entry.blocks, self._io
+            use.unwritten.clear()
+        while use.unwritten:
+            if (self._num_writing + 1) * self._per > self._blocks.num_blocks // _WRITING_SHARE:
+                return
+            index, entry = use.unwritten.popleft()
+            if not entry.is_offered:
+                self._write_block(sequence, index, entry)
+
+    def _write_block(self, sequence: Sequence, index: int, entry: CachedBlock) -> None:
+        blocks, io = entry.blocks, self.io
 
         def release() -> None:
             self._post(lambda: self._written(entry))
 
         self.cache.hold(entry)
         self._num_writing += 1
-        is_taken = self._tier.put_block(
+        if not self._offer(
+            sequence, index, entry, lambda out: io.read_blocks(blocks, out), release
+        ):
+            self._written(entry)
+
+    def _offer(
+        self,
+        sequence: Sequence,
+        index: int,
+        entry: CachedBlock,
+        read: Callable[[memoryview], None],
+        release: Callable[[], None],
+    ) -> bool:
+        """Offer a cache block to the tier; return whether it was taken."""
+        if self._tier is None:
+            return False
+        entry.is_offered = self._tier.put_block(
             entry.key,
             _use(sequence).chain.position_hash(index * CACHE_BLOCK),
-            lambda out: io.read_blocks(blocks, out),
-            io.kv_block_bytes,
+            read,
+            self.io.kv_block_bytes,
             release,
             self._ttl_class(sequence, (index + 1) * CACHE_BLOCK),
             num_tokens=(index + 1) * CACHE_BLOCK,
         )
-        if not is_taken:
-            self._skipped_writes += 1
-            self._written(entry)
+        self._skipped_writes += not entry.is_offered
+        return entry.is_offered
 
     def _written(self, entry: CachedBlock) -> None:
         self._num_writing -= 1
@@ -355,6 +393,10 @@ class Reuse:
             use.uploaded = num_tokens
         else:
             self._skipped_writes += 1
+
+
+def _copy(values: NDArray[np.uint8], out: memoryview) -> None:
+    np.copyto(np.frombuffer(out, dtype=np.uint8), values)
 
 
 def _use(sequence: Sequence) -> PrefixUse:

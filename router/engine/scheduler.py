@@ -16,13 +16,14 @@ Where a sequence is, and what it owns:
 
     probing      nothing; the tier looks for its prefix
     waiting      nothing
-    restoring    blocks and a state slot; the tier fills them, and must let go before they are freed
+    restoring    blocks, perhaps cold ones, and a state slot; the tier fills them, and must let go
+                 before they are freed
     prefilling   blocks and a state slot
     decoding     blocks, a state slot and a row
     spilling     blocks of its newest tokens, cold cache blocks, and a state slot
 
-At most one sequence spills: one that does not fit the pool even alone (`router.engine.spill`). It
-has every other step for itself, prefill and decode alike.
+At most one sequence spills, or is restored to that: one that does not fit the pool even alone
+(`router.engine.spill`). It has every other step for itself, prefill and decode alike.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Scheduler:
         _insert(self.waiting, sequence)
 
     def begin_probe(self, sequence: Sequence) -> None:
-        """Keep a new sequence out of the queue while the tier looks for its prefix."""
+        """Keep a sequence that owns nothing out of the queue while the tier looks for its
+        prefix."""
         sequence.state = SequenceState.PROBING
         self.probing[sequence] = None
 
@@ -124,7 +126,14 @@ class Scheduler:
         if sequence.is_finished:
             self._free(sequence)
         else:
-            sequence.state = SequenceState.RUNNING
+            self._run(sequence)
+
+    def _run(self, sequence: Sequence) -> None:
+        """Let a sequence that owns what it needs compute."""
+        sequence.state = SequenceState.RUNNING
+        if sequence.cold is not None:
+            self.spilling = sequence
+        else:
             _insert(self.prefilling, sequence)
 
     def schedule(self, now: float) -> list[PrefillChunk]:
@@ -217,20 +226,21 @@ class Scheduler:
         """Send a running sequence back to the queue with all its tokens."""
         if self._reuse is not None:
             self._reuse.leave(sequence)
-        self._send_back(sequence)
+        self._take_all(sequence)
+        self.add(sequence)
 
     def start_over(self, sequence: Sequence) -> None:
-        """Send a running sequence back whose caches are in an unknown state."""
+        """Take all from a running sequence whose caches are in an unknown state; the caller queues
+        it or lets the tier look for its prefix."""
         sequence.num_restarts += 1
-        self._send_back(sequence)
+        self._take_all(sequence)
 
-    def _send_back(self, sequence: Sequence) -> None:
+    def _take_all(self, sequence: Sequence) -> None:
         self._release(sequence)
         sequence.state = SequenceState.PREEMPTED
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.add(sequence)
 
     def _admit(self, batch_tokens: int, now: float) -> None:
         """Admit waiting sequences while tokens, rows, state slots and blocks are left; for an
@@ -283,9 +293,10 @@ class Scheduler:
         return True
 
     def _next_waiting(self) -> Sequence | None:
-        """Return the first that may be admitted: while one spills, another long one holds back
-        nobody."""
-        if self.spilling is None or self._spill is None:
+        """Return the first that may be admitted: while one spills, or is restored to, another long
+        one holds back nobody."""
+        is_taken = self.spilling is not None or any(s.cold is not None for s in self.restoring)
+        if self._spill is None or not is_taken:
             return self.waiting[0]
         is_long = self._spill.is_long
         return next((sequence for sequence in self.waiting if not is_long(sequence)), None)
@@ -295,30 +306,28 @@ class Scheduler:
         if self._reuse is not None:
             self._reuse.share(sequence, match)
         sequence.state_slot = self._state_slots.acquire()
+        use = sequence.prefix
+        load_to = 0
+        if self._load is not None and use is not None and use.load_to > match.num_tokens:
+            load_to = use.load_to
+        wanted = self._blocks.blocks_for(sequence.num_tokens)
         if is_long and self._spill is not None:
-            sequence.state = SequenceState.RUNNING
-            self.spilling = sequence
             try:
-                self._spill.begin(sequence)
+                self._spill.begin(sequence, load_to)
             except ColdKvError as error:
+                self._run(sequence)
                 self._lost.append((sequence, error))
                 return
             wanted = self._spill.window_blocks
-        else:
-            wanted = self._blocks.blocks_for(sequence.num_tokens)
         sequence.blocks += self._blocks.allocate(wanted - len(sequence.blocks))
         if self._reuse is not None:
             self._reuse.restore(sequence, match)
-        use = sequence.prefix
-        if is_long:
-            return
-        if self._load is not None and use is not None and use.load_to > sequence.num_computed:
+        if load_to and self._load is not None:
             sequence.state = SequenceState.RESTORING
             self.restoring.append(sequence)
             self._load(sequence)
         else:
-            sequence.state = SequenceState.RUNNING
-            _insert(self.prefilling, sequence)
+            self._run(sequence)
 
     def _chunks(self, batch_tokens: int) -> list[PrefillChunk]:
         """Share the step's tokens among the prefilling sequences in their order, and decide whether

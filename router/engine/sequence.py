@@ -34,7 +34,7 @@ class SequenceState(Enum):
     """Where a sequence stands."""
 
     PROBING = "probing"
-    """New, and the tier is looking how far it could be restored."""
+    """New, or it starts over, and the tier is looking how far it could be restored."""
     WAITING = "waiting"
     RESTORING = "restoring"
     """Owns blocks and a state slot, which the tier is filling."""
@@ -126,7 +126,8 @@ class Sequence:
         """Row among the decoding sequences; -1 while it does not decode."""
         self.num_computed = 0
         self.num_cached = 0
-        """Tokens that were in place when it first ran."""
+        """Tokens that were in place when it first ran, or when it started over without having
+        said anything."""
         self.prefix = prefix
         """None where no prefixes are reused."""
         self.cold: ColdSequence | None = None

@@ -5,12 +5,14 @@ where it goes is the cold store's matter. One of them runs at a time, alone in i
 turns with the steps of the others; while it decodes, too, its step is a chunk of one token:
 
     at admission    it gets a window of blocks; what the pool has of its prefix leaves or stays
+    in a load       what the tier has of its prefix goes the same ways: newest blocks into the
+                    window, older ones into the cold store, where they may stay in the tier
     before a step   the oldest full cache blocks leave until the step's tokens fit the window
     in a step       each full-attention layer attends to what has left, then to the blocks
 
 So the pool holds at most a window of it, the cold store is bounded by itself, and a step needs a
 fixed room besides (`ColdPast`, `NativeOps`). Where a cold value cannot be kept or read back, the
-sequence starts over once, and then fails with `ColdKvError`.
+sequence starts over once, from what the tier still has, and then fails with `ColdKvError`.
 """
 
 from __future__ import annotations
@@ -19,17 +21,19 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from router.engine.batch import Chunk, build_batch
 from router.engine.batch_rows import BuiltBatch, PrefillChunk
 from router.engine.block_manager import BlockManager
 from router.engine.chain import CACHE_BLOCK
-from router.engine.cold_store import Bytes, ColdStore, ColdTier
+from router.engine.cold_store import ColdStore, ColdTier
 from router.engine.config import EngineConfig
 from router.engine.model import CacheIo, Model
 from router.engine.reuse import Reuse
 from router.engine.sequence import Sequence
+from router.engine.tier import Streaming
 
 logger = logging.getLogger(__name__)
 
@@ -80,16 +84,24 @@ class Spill:
         most = self._store.max_tokens
         return most is None or num_tokens <= most + (self._window - 1) * CACHE_BLOCK
 
-    def begin(self, sequence: Sequence) -> None:
+    def begin(self, sequence: Sequence, load_to: int) -> None:
         """Let a sequence spill, beginning with what it shares of its prefix: less than its window
         stays, so that its next token has room.
+
+        Args:
+            sequence: Shares cache blocks, and has none of its own.
+            load_to: Tokens that are about to be loaded; room is made for them, too. 0: none.
 
         Raises:
             ColdKvError: A cache block cannot be kept.
         """
-        sequence.cold = self._store.new_sequence()
-        while len(sequence.blocks) >= self.window_blocks:
+        cold = sequence.cold = self._store.new_sequence()
+        num_cold = self.num_cold_blocks(load_to)
+        while len(sequence.blocks) >= self.window_blocks or (
+            sequence.blocks and cold.num_blocks < num_cold
+        ):
             self._spill(sequence)
+        cold.reserve(num_cold)
         logger.info(
             "spill.begin id=%s tokens=%d window_tokens=%d",
             *(sequence.request_id, sequence.num_tokens, self._window * CACHE_BLOCK),
@@ -100,6 +112,22 @@ class Spill:
         assert sequence.cold is not None, "the sequence does not spill"
         sequence.cold.close()
         sequence.cold = None
+
+    def num_cold_blocks(self, num_tokens: int) -> int:
+        """Return how many cache blocks of so many tokens do not stay: the next token has room."""
+        return max(0, num_tokens // CACHE_BLOCK + 1 - self._window)
+
+    def streaming(self, max_step_tokens: int) -> Streaming:
+        """Return how a long sequence prefills, for the prediction of what that takes.
+
+        Args:
+            max_step_tokens: Most tokens of any step.
+        """
+        in_memory = self._store.max_memory_tokens if self._store.tier is not None else None
+        kept = None if in_memory is None else in_memory + self._window * CACHE_BLOCK
+        # A step has room for the window but for what is left of the last one: half, as a rule.
+        step = max(CACHE_BLOCK, min(max_step_tokens, (self._window - 1) * CACHE_BLOCK))
+        return Streaming(kept_tokens=kept, step_tokens=step)
 
     def room(self, sequence: Sequence) -> int:
         """Return how many tokens its next step may have, once all that can leave has left."""
@@ -136,15 +164,13 @@ class Spill:
         if use is not None:
             key = use.chain.block_hash(cold.num_blocks)
             parent = use.chain.position_hash(cold.num_tokens)
-
-        def read(out: Bytes) -> None:
-            self._io.read_blocks(blocks, out)
-
-        cold.append(key, parent, read)
+        values = np.empty(self._io.kv_block_bytes, np.uint8)
+        self._io.read_blocks(blocks, values)
+        cold.append(key, parent, values)
         self.num_spilled_blocks += 1
         del sequence.blocks[: self._per]
         if self._reuse is not None:
-            self._reuse.let_go_of_first(sequence)
+            self._reuse.let_go_of_first(sequence, values)
         else:
             self._blocks.release(blocks)
 

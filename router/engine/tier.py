@@ -67,6 +67,27 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Streaming:
+    """How a sequence prefills that does not fit the pool: a step reads again what has left it.
+
+    Worked: 1,000 tokens are kept, a step has 100. A prefill from 1,000 to 1,300 reads 0, 100 and
+    200 tokens, by the integral 300 ** 2 / (2 * 100) = 450.
+    """
+
+    kept_tokens: int | None
+    """Newest tokens that lie in the router, in the pool or in its memory; None: all do."""
+    step_tokens: int
+    """Tokens of a step."""
+
+    def read_tokens(self, start: int, stop: int) -> int:
+        """Return how many tokens' KV a prefill of `start .. stop - 1` reads from the tier."""
+        if self.kept_tokens is None:
+            return 0
+        first, last = max(0, start - self.kept_tokens), max(0, stop - self.kept_tokens)
+        return (last**2 - first**2) // (2 * self.step_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """Asks how far a sequence could be restored."""
 
@@ -79,6 +100,8 @@ class Probe:
     snapshot_positions: tuple[int, ...] = ()
     """Positions that the session's record names, in any order; multiples of 128 may be tried
     besides."""
+    streaming: Streaming | None = None
+    """Of a sequence that does not fit the pool: part of what a prefill would take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,7 +86,8 @@ class BlobCold:
         store_key = self._store.block_key(key)
         deadline = time.monotonic() + self.settings.put_s
         label = block_label(key, parent, values.nbytes)
-        if not self._writing.exists([store_key], deadline)[0]:
+        is_damaged = self._store.is_damaged(store_key)
+        if is_damaged or not self._writing.exists([store_key], deadline)[0]:
             payload = memoryview(values.reshape(-1).data)
             status = self._writing.put(
                 store_key, label, [payload], ttl_s=self.settings.ttl_s, deadline=deadline
@@ -94,7 +95,12 @@ class BlobCold:
             if status != "OK":
                 return None
             self._sent_bytes += values.nbytes
-        return ColdValue(store_key, tuple(_sum_of(part) for part in values))
+            self._store.trust(store_key)
+        return self.adopt(key, values)
+
+    def adopt(self, key: bytes, values: NDArray[np.uint8]) -> ColdValue:
+        """See `ColdTier.adopt`."""
+        return ColdValue(self._store.block_key(key), tuple(_sum_of(part) for part in values))
 
     def read(self, handles: Sequence[ColdValue], layer: int, out: NDArray[np.uint8]) -> bool:
         """See `ColdTier.read`."""
@@ -119,9 +125,12 @@ class BlobCold:
                 return False
         self._read_bytes += out.nbytes
         self._read_blocks += sum(layer == len(value.sums) - 1 for value in handles)
-        return all(
-            _sum_of(part) == value.sums[layer] for part, value in zip(out, handles, strict=True)
-        )
+        is_sound = True
+        for part, value in zip(out, handles, strict=True):
+            if _sum_of(part) != value.sums[layer]:
+                self._store.distrust(value.key)
+                is_sound = False
+        return is_sound
 
     def close(self) -> None:
         """Close all connections; nothing is put or read any more."""

@@ -6,6 +6,9 @@ straight lines in two terms, fitted by least squares over the last measurements:
     load    = r + s * bytes                   r: a round trip, 1 / s: bandwidth
     prefill = a * n + b * n * (c + n / 2)     n tokens behind c: linear layers, attention
 
+A sequence that does not fit the pool is loaded like any other, each value once; its prefill reads
+what has left the pool once a step, at the bandwidth that loads have shown.
+
 One worked sum: at a = 1 ms and b = 1 us a prefill of n = 2,000 tokens from the start takes
 2 s + 2 s; a load of 40 MB at 100 MB/s takes 0.4 s, so the store is asked.
 """
@@ -42,7 +45,8 @@ class Choice:
     decision: str
     """`load` or `prefill`."""
     reason: str
-    """`faster`, `slower`, `unmeasured` (no prefill seen yet) or `remeasure`."""
+    """`faster`, `slower`, `unmeasured` (no prefill seen yet), `remeasure`, or `streamed`: faster
+    because a prefill would read KV that has left the pool again and again."""
     load_s: float
     prefill_s: float
     """Infinite before the first prefill was seen."""
@@ -174,7 +178,15 @@ class CostModel:
                 return math.inf
             return self._prefill.predict(*_prefill_terms(num_tokens, context))
 
-    def choose(self, start: int, num_tokens: int, num_bytes: int, now: float) -> Choice:
+    def choose(
+        self,
+        start: int,
+        num_tokens: int,
+        num_bytes: int,
+        now: float,
+        *,
+        streamed_bytes: int = 0,
+    ) -> Choice:
         """Choose between loading `num_bytes` and computing the tokens `start .. num_tokens - 1`.
 
         Args:
@@ -182,14 +194,18 @@ class CostModel:
             num_tokens: The candidate.
             num_bytes: What loading it would read.
             now: Monotonic seconds.
+            streamed_bytes: What a prefill would read from the store between its steps.
         """
         load_s = self.load_s(num_bytes)
-        prefill_s = self.prefill_s(num_tokens - start, start)
+        computing_s = self.prefill_s(num_tokens - start, start)
+        prefill_s = computing_s + streamed_bytes / self.bytes_per_s
         decision = "load"
-        if math.isinf(prefill_s):
+        if math.isinf(computing_s):
             reason = "unmeasured"
-        elif load_s < self.settings.advantage * prefill_s:
+        elif load_s < self.settings.advantage * computing_s:
             reason = "faster"
+        elif load_s < self.settings.advantage * prefill_s:
+            reason = "streamed"
         elif self._is_stale(num_bytes, prefill_s, now):
             reason = "remeasure"
         else:

@@ -37,6 +37,8 @@ SHARED_TTL_S = 24 * _HOUR_S
 SESSION_HEAD_TTL_S = 6 * _HOUR_S
 SESSION_TAIL_TTL_S = 2 * _HOUR_S
 SESSION_TAIL_TOKENS = 1 << 20
+_MAX_DAMAGED = 4096
+"""Keys remembered; a server that damages more has other troubles."""
 
 
 def block_ttl_s(ttl_class: TtlClass, num_tokens: int) -> int:
@@ -87,8 +89,23 @@ class KvStore:
         self._names = tuple(name.encode() for name in self.servers)
         self._connect_s = connect_s
         self._io_s = io_s
+        self._damaged: set[bytes] = set()
         for endpoint in endpoints:
             endpoint.ssl_context()
+
+    def distrust(self, key: bytes) -> None:
+        """Note that the value under `key` is not what it should be: who has it writes it again,
+        though there is one. Any thread, as the next two."""
+        if len(self._damaged) < _MAX_DAMAGED:
+            self._damaged.add(key)
+
+    def trust(self, key: bytes) -> None:
+        """Note that the value under `key` was written again."""
+        self._damaged.discard(key)
+
+    def is_damaged(self, key: bytes) -> bool:
+        """Say whether the value under `key` was seen damaged, and not written again."""
+        return key in self._damaged
 
     def block_key(self, block_hash: bytes) -> bytes:
         """Return the key of a cache block."""

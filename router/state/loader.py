@@ -314,6 +314,7 @@ class Loader:
             self._forget(item.key)
             self._counters.add("corrupt_total" if fault.is_corrupt else "missing_total")
             if fault.is_corrupt:
+                self._store.distrust(item.key)
                 logger.warning("event=blob_corrupt fault=%s key=%s", fault.value, item.key.decode())
             load.plan.settle(item, "missing" if fault is Fault.MISSING else "corrupt")
             self._wake()

@@ -239,7 +239,13 @@ class BlobTier:
             return _nothing(self._why_none(query, kv_tokens, deadline))
         self._remember(chain.position_hash(num_tokens), tuple(candidates))
         num_bytes = self._sizes.load_bytes(query.start, num_tokens)
-        choice = self.cost.choose(query.start, num_tokens, num_bytes, time.monotonic())
+        streamed = 0
+        if query.streaming is not None:
+            read_tokens = query.streaming.read_tokens(query.start, num_tokens)
+            streamed = read_tokens * self._sizes.block_bytes // CACHE_BLOCK
+        choice = self.cost.choose(
+            query.start, num_tokens, num_bytes, time.monotonic(), streamed_bytes=streamed
+        )
         return ProbeResult(
             num_tokens=num_tokens,
             decision=choice.decision,

@@ -2,8 +2,8 @@
 
 Decides what is written, in what order, and what is dropped; it never makes anyone wait. One thread
 per server takes stripes of snapshots before blocks (KV without a snapshot is no hit), leaves out
-what the server has already, and pauses while something is being restored. A full queue drops what
-is newest: the head of a prefix is worth more than its tail.
+what the server has already, unless it was seen damaged, and pauses while something is being
+restored. A full queue drops what is newest: the head of a prefix is worth more than its tail.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Writer:
     ) -> bool:
         """Queue a block unless it is known to be stored; see `Tier.put_block`."""
         name = self._store.block_key(key)
-        if name in self._stored:
+        if name in self._stored and not self._store.is_damaged(name):
             self._counters.add("put_skipped")
             return False
         done_with_block = _Once(release)
@@ -277,7 +277,7 @@ class Writer:
             bulk.bound(time.monotonic() + _PUT_BOUND_S, self._closing)
             known = bulk.touch([w.key for w in batch], [w.ttl_s for w in batch])
         for write, is_known in zip([*batch], known, strict=True):
-            if is_known:
+            if is_known and not self._store.is_damaged(write.key):
                 batch.remove(write)
                 self._end(write, "")
                 self._counters.add("put_skipped")
@@ -313,6 +313,7 @@ class Writer:
         if status == "OK":
             self._counters.add("put_bytes", HEADER_BYTES + write.label.nbytes)
             self._counters.add("put_values")
+            self._store.trust(write.key)
             self._end(write, "")
         elif status.startswith("OOM"):
             # Pushing megabytes that are refused helps nobody.

@@ -145,7 +145,7 @@ def test_the_store_reads_shelves_ahead_through_all_layers(cold: BlobCold) -> Non
     )
     sequence = store.new_sequence()
     for i in range(count):
-        sequence.append(name(i + 1), name(i), lambda out, i=i: np.copyto(out, block(i).reshape(-1)))  # type: ignore[misc]
+        sequence.append(name(i + 1), name(i), block(i).reshape(-1))
     assert store.num_bytes == SHELF_BLOCKS * LAYERS * LAYER_BYTES
     for _ in range(2):
         with sequence.past() as past:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.engine.tier import Streaming
 from router.state.cost import CostModel, CostSettings
 
 A, B = 1e-3, 2e-8  # seconds a token, and a token over a token
@@ -89,6 +90,26 @@ def test_reasons() -> None:
     assert (slow.decision, slow.reason) == ("prefill", "slower")
     assert slow.load_s == pytest.approx(1.001)
     assert slow.prefill_s == pytest.approx(1.0)
+
+
+def test_a_prefill_that_streams_costs_what_it_reads_again() -> None:
+    """A load of 1 s against 1 s of computing, and against 1 s more for 1 GB between the steps."""
+    model = CostModel(CostSettings(prior_round_trip_s=0.0, prior_bytes_per_s=1e9))
+    model.note_prefill(1000, 0, 1.0)
+    assert model.choose(0, 1000, 10**9, now=0.0, streamed_bytes=10**8).reason == "slower"
+    choice = model.choose(0, 1000, 10**9, now=0.0, streamed_bytes=10**9)
+    assert (choice.decision, choice.reason) == ("load", "streamed")
+    assert choice.prefill_s == pytest.approx(2.0)
+    assert model.choose(0, 1000, 10**8, now=0.0, streamed_bytes=10**9).reason == "faster"
+
+
+def test_what_a_prefill_streams() -> None:
+    """300 tokens behind the 1,000 kept ones, 100 a step: 0 + 100 + 200, by the integral 450."""
+    streaming = Streaming(kept_tokens=1000, step_tokens=100)
+    assert streaming.read_tokens(0, 1300) == streaming.read_tokens(1000, 1300) == 450
+    assert streaming.read_tokens(1200, 1300) == 450 - 200
+    assert streaming.read_tokens(0, 1000) == 0
+    assert Streaming(kept_tokens=None, step_tokens=100).read_tokens(0, 10**6) == 0
 
 
 def test_advantage_is_asked_for() -> None:
