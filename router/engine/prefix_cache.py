@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from router.engine.block_manager import BlockManager
@@ -97,6 +98,9 @@ class PrefixUse:
     """Those of them, with their index, that wait to be offered to the tier, the first one first."""
     snapshot_at: list[int] = field(default_factory=list)
     """Positions where its prefill stops for a snapshot, falling: the next is the last."""
+    snapshots: dict[int, bytes] = field(default_factory=dict)
+    """The names of its own that it left or was restored from, by position; not those at junctions.
+    Some may have gone."""
     floor: int = 0
     """Deepest position that it was restored from or left a snapshot at."""
     uploaded: int = 0
@@ -213,13 +217,20 @@ class PrefixCache:
         """Say whether there is a snapshot of this name."""
         return key in self._snapshots
 
-    def add_snapshot(self, chain: HashChain, snapshot: Snapshot, uploaded: int = 0) -> None:
+    def add_snapshot(
+        self,
+        chain: HashChain,
+        snapshot: Snapshot,
+        uploaded: int = 0,
+        own: dict[int, bytes] | None = None,
+    ) -> None:
         """Keep a snapshot, as long as it stands and the budget lasts.
 
         Args:
             chain: Of the sequence, at least to the snapshot's position.
             snapshot: Its full cache blocks are here.
             uploaded: See `Match`.
+            own: See `PrefixUse.snapshots`; None where it is not the sequence's alone.
         """
         num_tokens = snapshot.num_tokens
         key = chain.position_hash(num_tokens)
@@ -230,7 +241,9 @@ class PrefixCache:
         if num_tokens >= CACHE_BLOCK and base not in self._entries:
             return
         while self.snapshot_bytes + snapshot.num_bytes > self._max_snapshot_bytes:
-            self._forget_snapshot(next(iter(self._snapshots)))
+            self._forget_snapshot(self._victim(snapshot, own or {}))
+        if own is not None:
+            own[num_tokens] = key
         self._snapshots[key] = _Kept(snapshot, base, uploaded)
         self._standing.setdefault(base, {}).setdefault(tail, set()).add(key)
         self.snapshot_bytes += snapshot.num_bytes
@@ -238,6 +251,14 @@ class PrefixCache:
     def touch_snapshot(self, key: bytes) -> None:
         """Make a snapshot the most recently used."""
         self._snapshots.move_to_end(key)
+
+    def _victim(self, snapshot: Snapshot, own: dict[int, bytes]) -> bytes:
+        """Return the name of what goes for a new snapshot."""
+        here = {n: self._snapshots[key] for n, key in own.items() if key in self._snapshots}
+        own_bytes = snapshot.num_bytes + sum(kept.snapshot.num_bytes for kept in here.values())
+        if len(here) > 1 and 2 * own_bytes > self._max_snapshot_bytes:
+            return own[thinnest(sorted(here), snapshot.num_tokens)]
+        return next(iter(self._snapshots))
 
     def _forget_snapshot(self, key: bytes) -> None:
         kept = self._snapshots[key]
@@ -284,3 +305,25 @@ class PrefixCache:
                     held = tuple(run[:count])
                     return Match(num_tokens, found.snapshot, held, kv_tokens, found.uploaded)
         return Match(0, None, (), kv_tokens)
+
+
+def thinnest(positions: Sequence[int], newest: int) -> int:
+    """Return which snapshot of a sequence is missed least, that at `newest` being kept.
+
+    Without it, who begins between it and the next one computes from the one before. That is seldom
+    far behind the newest, so the stretch between its neighbours counts relative to how far behind
+    the newest it begins: what stays lies ever further apart, as 1, 2, 4, 8 intervals do.
+
+    Worked: of 1, 2, 3 with 4 as the newest the stretches are 2 of 4, 2 of 3, 2 of 2: 1 goes.
+
+    Args:
+        positions: Rising, at least one, below `newest`; ties go to the lowest.
+        newest: The position to come.
+    """
+    around = [0, *positions, newest]
+
+    def worth(index: int) -> float:
+        before, after = around[index - 1], around[index + 1]
+        return (after - before) / (newest - before)
+
+    return around[min(range(1, len(around) - 1), key=worth)]

@@ -262,7 +262,10 @@ class Reuse:
         snapshot = Snapshot(num_tokens, values, state_bytes)
         self._num_snapshots += 1
         self._write_snapshot(sequence, key, snapshot)
-        self.cache.add_snapshot(use.chain, snapshot, use.uploaded)
+        is_own = self._ttl_class(sequence, num_tokens) is TtlClass.SESSION
+        self.cache.add_snapshot(
+            use.chain, snapshot, use.uploaded, use.snapshots if is_own else None
+        )
 
     def let_go_of_first(self, sequence: Sequence, values: NDArray[np.uint8]) -> None:
         """Let go of the oldest cache block of a sequence that spills it. If it still waits to be
@@ -316,7 +319,7 @@ class Reuse:
             sequence.num_cached = snapshot.num_tokens
         self._restored_tokens += gained
         self._keep_blocks(sequence, are_stored=True)
-        self.cache.add_snapshot(use.chain, snapshot, use.uploaded)
+        self.cache.add_snapshot(use.chain, snapshot, use.uploaded, use.snapshots)
         while use.snapshot_at and use.snapshot_at[-1] <= snapshot.num_tokens:
             self._no_longer_expected(sequence, use.snapshot_at.pop())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from router.engine.block_manager import BlockManager
 from router.engine.chain import CACHE_BLOCK, HashChain
-from router.engine.prefix_cache import CachedBlock, PrefixCache
+from router.engine.prefix_cache import CachedBlock, PrefixCache, thinnest
 from router.engine.tier import Snapshot
 
 BLOCK_SIZE = 64
@@ -141,6 +142,52 @@ def test_the_least_recently_used_snapshot_leaves_the_budget() -> None:
     assert kept == [40, 80, 100]
     pool.cache.add_snapshot(chain, snapshot_of(110, num_bytes=36))  # larger than the budget
     assert pool.cache.num_snapshots == 3
+
+
+def test_a_long_prefill_thins_its_own_snapshots_and_nobody_elses() -> None:
+    """A budget of 16 snapshots; seven are of other sequences when one leaves 120 of its own."""
+    pool = Pool(num_blocks=300, budget=160)
+    others = [chain_of((token, 200)) for token in range(2, 9)]
+    for chain in others:
+        pool.compute(chain, 1)
+        pool.cache.add_snapshot(chain, snapshot_of(150), own={})
+    long = chain_of((1, 121 * CACHE_BLOCK))
+    pool.compute(long, 120)
+    own: dict[int, bytes] = {}
+    for count in range(1, 121):
+        pool.cache.add_snapshot(long, snapshot_of(count * CACHE_BLOCK), own=own)
+        assert pool.cache.match(long, count * CACHE_BLOCK).num_tokens == count * CACHE_BLOCK
+    assert all(pool.cache.match(chain, 199).num_tokens == 150 for chain in others)
+    here = [n // CACHE_BLOCK for n, key in own.items() if pool.cache.has_snapshot(key)]
+    assert len(here) == 16 - len(others)
+    assert here[-2:] == [119, 120]
+    behind = [120 - n for n in here[:-1]] + [1]
+    # Wherever one goes on, the last snapshot before it is not much further from the newest.
+    assert all(more <= 3 * less for more, less in pairwise(behind[:-1]))
+    assert behind[0] >= 60
+
+
+def test_a_sequence_alone_may_have_the_whole_budget() -> None:
+    """Nothing is thinned while there is room, and the least recently used goes as ever."""
+    pool = Pool(num_blocks=100, budget=40)
+    chain = chain_of((1, 1000))
+    pool.compute(chain, 7)
+    own: dict[int, bytes] = {}
+    for position in (128, 256, 384, 512):
+        pool.cache.add_snapshot(chain, snapshot_of(position), own=own)
+    assert pool.cache.num_snapshots == 4
+    for position in (640, 768):
+        pool.cache.add_snapshot(chain, snapshot_of(position), own=own)
+    left = [n for n, key in own.items() if pool.cache.has_snapshot(key)]
+    assert left[-2:] == [640, 768]
+    assert pool.cache.snapshot_bytes == 40
+
+
+def test_the_thinnest_is_missed_least() -> None:
+    assert thinnest([1, 2, 3], 4) == 1
+    assert thinnest([4, 5, 6], 7) == 5  # 5 of 7, 2 of 3, 2 of 2
+    assert thinnest([3, 4, 5], 6) == 3  # 4 of 6, 2 of 3: a tie
+    assert thinnest([7], 9) == 7
 
 
 @pytest.mark.parametrize("uploaded", [0, 128])
