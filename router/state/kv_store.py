@@ -271,6 +271,22 @@ class Links:
             faults[index] = fault_of(length, header, payload, label)
         return faults
 
+    def header(self, key: bytes, *, ttl_s: int, deadline: float) -> bytes | None:
+        """Return the header of a value, which lives on for `ttl_s`; None where there is none, or
+        the server is in trouble."""
+        link = self._links[self._store.server_of(key)]
+        if not link.allow():
+            return None
+        header = bytearray(HEADER_BYTES)
+        try:
+            with link.answering() as bulk:
+                bulk.bound(deadline)
+                bulk.send_get_ranges([key], 0, HEADER_BYTES, ttl_s)
+                length = bulk.receive([memoryview(header)])
+        except BulkError:
+            return None
+        return bytes(header) if length == HEADER_BYTES else None
+
     def put(
         self,
         key: bytes,

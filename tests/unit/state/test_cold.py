@@ -87,6 +87,32 @@ def test_what_was_sent_and_read_back_is_counted(cold: BlobCold) -> None:
     assert cold.stats().read_blocks == 5
 
 
+def test_a_block_that_another_router_rounded_otherwise_is_read_as_it_is_stored(
+    cold: BlobCold, servers: list[BlobServer]
+) -> None:
+    """Kernels differ in the last bit; whoever reads the stored one is not disturbed."""
+    (handle,) = put_all(cold, 1)
+    rounded = block(0)
+    rounded[1, 17] ^= 1
+    other = cold.put(name(1), name(0), rounded)
+    assert other == handle
+    out = np.empty((1, LAYER_BYTES), np.uint8)
+    assert cold.read([other], 1, out)  # type: ignore[list-item]
+    assert np.array_equal(out[0], block(0)[1])
+
+
+def test_a_damaged_block_is_written_again(cold: BlobCold, servers: list[BlobServer]) -> None:
+    (handle,) = put_all(cold, 1)
+    out = np.empty((1, LAYER_BYTES), np.uint8)
+    for offset in (HEADER_BYTES + 5, 30):  # of the payload, of the header's checksum
+        server = next(s for s in servers if s.command(b"EXISTS", handle.key) == b":1")  # type: ignore[attr-defined]
+        server.command(b"SETRANGE", handle.key, b"%d" % offset, b"????")  # type: ignore[attr-defined]
+        assert cold.read([handle], 0, out) == (offset == 30)  # type: ignore[list-item]
+        assert cold.put(name(1), name(0), block(0)) == handle
+        assert cold.read([handle], 0, out)  # type: ignore[list-item]
+        assert np.array_equal(out[0], block(0)[0])
+
+
 @pytest.mark.parametrize("harm", ["gone", "flipped", "short", "list"])
 def test_a_value_that_is_not_what_was_put_is_a_miss(
     cold: BlobCold, servers: list[BlobServer], harm: str
