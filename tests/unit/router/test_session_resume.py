@@ -51,6 +51,8 @@ def cut_turn(
     stream = service.client.messages(request)
     held = [next(stream) for _ in range(1 + num_tokens)]
     stream.close()  # type: ignore[attr-defined]
+    # Released before the gateway knows, the model may bring the turn to its end.
+    eventually(lambda: service.servicer._live.get("", request.request_id) is None)
     service.model.stop_after(None)
     eventually(service.is_idle)
     return held

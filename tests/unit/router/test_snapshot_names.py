@@ -36,7 +36,7 @@ async def begin(store: SessionStore, session_id: str) -> Turn:
     await store.open_turn(lease, OpenTurn(request_id="r", prompt_ids=prompt, seed=0, request=b""))
     request = generation_pb2.GenerateRequest(request_id="r")
     history = await store.tokens(lease)
-    return Turn(RequestReader(TEXT, MODEL), request, lease, history, prompt)
+    return Turn(RequestReader(TEXT, MODEL), request, lease, history, prompt, store.settings)
 
 
 async def named(store: SessionStore, session_id: str) -> dict[int, bytes]:
