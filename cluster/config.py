@@ -80,9 +80,11 @@ class RouterSection:
     ssl_ca_certs: str | None = None
     """CAs of client certificates (PEM); set: clients must show one."""
     api_keys: tuple[str, ...] = secret(())
-    """Clients send one of these as `authorization: Bearer KEY`; none: no key is asked for."""
+    """Clients send one of these as `authorization: Bearer KEY`; none: no key is asked for. With
+    `TENANT KEY` the key is of a tenant, whose sessions and cached KV are its own."""
     api_key_file: str | None = None
-    """File with further keys, one a line, read on every router's node; # begins a comment."""
+    """File with further keys, KEY or TENANT KEY a line, read on every router's node; # begins a
+    comment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,7 @@ from protos.errors import InternalError
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
 from router.engine.config import EngineConfig
 from router.engine.engine import Engine
+from router.gateway.authentication import Callers
 from router.gateway.defaults import SamplingDefaults
 from router.gateway.delivery import LoopDelivery
 from router.gateway.gating import GatingServicer
@@ -411,6 +412,7 @@ class RouterProcess:
             weights_digest=self._weights_digest,
         )
         shared = self._shared
+        callers = Callers(self._security.api_keys)
         self._generation = GenerationServicer(
             engine,
             self._text,
@@ -419,6 +421,8 @@ class RouterProcess:
             address=lambda: self._address,
             store=shared.store if shared else None,
             forwarder=shared.forwarder if shared else None,
+            callers=callers,
+            namespace=engine.config.namespace,
         )
         services = [
             generation_service(self._generation),
@@ -430,7 +434,10 @@ class RouterProcess:
         ]
         if shared is not None:
             servicer = SessionServicer(
-                shared.store, shared.namespace, default_ttl_s=self._config.state.session_ttl_s
+                shared.store,
+                shared.namespace,
+                callers,
+                default_ttl_s=self._config.state.session_ttl_s,
             )
             services.append(session_service(servicer))
         if self._placement is not None:

@@ -14,7 +14,9 @@ from pathlib import Path
 from cluster.config import Config, RouterSection, StateSection
 from protos.certificates import CertificateFiles, Identity, member_identity, port_identity
 from protos.errors import ConfigurationError
+from protos.ids import is_valid_session_id
 from protos.tls import Access, check_api_key
+from router.gateway.authentication import UNNAMED, ApiKey
 
 EXPIRY_NOTICE_S = 14 * 86_400.0
 LOOPBACK = ("127.0.0.1", "::1", "[::1]", "localhost")
@@ -28,15 +30,15 @@ class Security:
     """Of the routers' gRPC ports; None: plain."""
     member: Identity | None
     """Of the expert groups' ports, and of whoever calls them; None: plain."""
-    api_keys: tuple[str, ...] = field(repr=False)
+    api_keys: tuple[ApiKey, ...] = field(repr=False)
     """One of them is demanded of clients; none: calls need no key."""
 
     @property
     def to_routers(self) -> Access:
-        """How a member calls a router."""
+        """How a member calls a router: with a key of the unnamed tenant, if there is any."""
+        keys = sorted(self.api_keys, key=lambda key: key.tenant != UNNAMED)
         return Access(
-            tls=self.port.peer if self.port else None,
-            api_key=self.api_keys[0] if self.api_keys else None,
+            tls=self.port.peer if self.port else None, api_key=keys[0].key if keys else None
         )
 
     @property
@@ -114,8 +116,8 @@ def config_of_group(config: Config) -> Config:
     return replace(config, router=RouterSection(), state=StateSection())
 
 
-def _api_keys(router: RouterSection) -> tuple[str, ...]:
-    keys = [check_api_key(key, "router.api_keys") for key in router.api_keys]
+def _api_keys(router: RouterSection) -> tuple[ApiKey, ...]:
+    keys = [_api_key(text, "router.api_keys") for text in router.api_keys]
     if router.api_key_file is not None:
         try:
             lines = Path(router.api_key_file).read_text().splitlines()
@@ -130,5 +132,22 @@ def _api_keys(router: RouterSection) -> tuple[str, ...]:
             raise ConfigurationError(
                 "router.api_key_file", "must hold a key, one a line", router.api_key_file
             )
-        keys += [check_api_key(key, "router.api_key_file") for key in found]
+        keys += [_api_key(line, "router.api_key_file") for line in found]
+    tenants = {key.key: key.tenant for key in keys}
+    if any(tenants[key.key] != key.tenant for key in keys):
+        raise ConfigurationError("router.api_keys", "must not give one key two tenants", "(hidden)")
     return tuple(dict.fromkeys(keys))
+
+
+def _api_key(text: str, path: str) -> ApiKey:
+    """Read `KEY` or `TENANT KEY`; no key has a space, so every key without a tenant is one still.
+
+    Raises:
+        ConfigurationError: Neither; what was given is not shown, a key may stand anywhere in it.
+    """
+    tenant, _, key = text.rpartition(" ")
+    tenant = tenant.strip()
+    if tenant and not is_valid_session_id(tenant):  # the same rule: both are parts of Redis keys
+        rule = "must be a key, or a tenant's name (A-Z a-z 0-9 . _ : -), a space and its key"
+        raise ConfigurationError(path, rule, "(hidden)")
+    return ApiKey(check_api_key(key, path), tenant)

@@ -14,6 +14,7 @@
     |  +- RequestCancelledError       CANCELLED             REQUEST_CANCELLED         never
     |  +- SlowReaderError             RESOURCE_EXHAUSTED    SLOW_READER               never
     |  +- UnauthenticatedError        UNAUTHENTICATED       UNAUTHENTICATED           never
+    |  +- PermissionDeniedError       PERMISSION_DENIED     PERMISSION_DENIED         never
     |  +- ClientStalledError          RESOURCE_EXHAUSTED    CLIENT_STALLED            never
     |  +- SessionNotFoundError        NOT_FOUND             SESSION_NOT_FOUND         never
     |  +- SessionExistsError          ALREADY_EXISTS        SESSION_EXISTS            never
@@ -105,6 +106,7 @@ from protos.request_errors import (
     InvalidFieldError,
     MessageTooLargeError,
     NotReadyError,
+    PermissionDeniedError,
     QueueFullError,
     RequestCancelledError,
     RequestError,
@@ -151,6 +153,7 @@ __all__ = [
     "MessageTooLargeError",
     "NonFiniteError",
     "NotReadyError",
+    "PermissionDeniedError",
     "QueueFullError",
     "RequestCancelledError",
     "RequestError",

@@ -154,6 +154,16 @@ class UnauthenticatedError(RequestError):
         super().__init__(f"not authenticated: {detail}", detail=detail)
 
 
+class PermissionDeniedError(RequestError):
+    """The API key is known, and not one that may make this call."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(f"not allowed: {detail}", detail=detail)
+
+
 class ClientStalledError(RequestError):
     """The client has taken nothing from its connection for so long that its stream is given up."""
 

@@ -48,6 +48,12 @@ def namespace_digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+def tenant_namespace(namespace: str, tenant: str) -> str:
+    """Return the namespace of one tenant's values: no two tenants share any, or can tell by a short
+    prefill what another one has asked. The unnamed tenant's is the router's own."""
+    return namespace_digest({"namespace": namespace, "tenant": tenant}) if tenant else namespace
+
+
 class HashChain:
     """The hashes of one sequence, growing with its tokens.
 

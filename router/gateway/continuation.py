@@ -110,21 +110,24 @@ class SystemPrefixes:
         self._lock = threading.Lock()
 
     def junctions(
-        self, request: generation_pb2.GenerateRequest, prompt_ids: Sequence[int]
+        self, request: generation_pb2.GenerateRequest, prompt_ids: Sequence[int], tenant: str = ""
     ) -> tuple[int, ...]:
-        """Return the positions in a whole prompt up to which others will be equal: none or one."""
+        """Return the positions in a whole prompt up to which others will be equal: none or one.
+
+        What is remembered is a tenant's own: nobody can tell by the time what others have sent.
+        """
         if request.WhichOneof("input") != "chat" or len(prompt_ids) < MIN_JUNCTION_TOKENS:
             return ()
-        prefix = self._prefix_of(request.chat)
+        prefix = self._prefix_of(request.chat, tenant)
         shared = _common_length(prefix, prompt_ids)
         return (shared,) if shared >= MIN_JUNCTION_TOKENS else ()
 
-    def _prefix_of(self, chat: generation_pb2.Chat) -> NDArray[np.uint32]:
+    def _prefix_of(self, chat: generation_pb2.Chat, tenant: str) -> NDArray[np.uint32]:
         messages = chat_messages(chat)
         leading = 0
         while leading < len(messages) and messages[leading]["role"] == "system":
             leading += 1
-        key = (chat.template_kwargs_json, *(m["content"] for m in messages[:leading]))
+        key = (tenant, chat.template_kwargs_json, *(m["content"] for m in messages[:leading]))
         with self._lock:
             prefix = self._prefixes.get(key)
         if prefix is None:

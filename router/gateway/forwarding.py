@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from protos.errors import (
 from protos.ids import new_request_id
 from protos.tls import API_KEY_HEADER, Access
 from protos.v1 import generation_pb2, generation_pb2_grpc
+from router.engine.chain import tenant_namespace
 from router.gateway.live import STALL_TIMEOUT_S
 from router.gateway.request_reader import in_thread_if_large
 from router.gateway.routing import Choice, RouterView, aligned_hashes, choose
@@ -57,6 +58,7 @@ _SERVE_HERE = frozenset(
 """Codes that say something of the other router and nothing of the request."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Metadata = Iterable[tuple[str, str | bytes]]
 
 
 @dataclass(slots=True)
@@ -77,7 +79,7 @@ class Forwarder:
         own: Makes the view of this router, as it is now.
         others: The views of the other routers that serve.
         access: How the other routers' ports are reached.
-        namespace: Of the hashes of prompts.
+        namespace: Of the hashes of prompts; a tenant's is made of it.
         clock: Monotonic seconds.
     """
 
@@ -97,7 +99,7 @@ class Forwarder:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._shunned: dict[str, float] = {}
         self._charges: dict[str, tuple[RouterView, int]] = {}
-        self._live: dict[str, str] = {}
+        self._live: dict[tuple[str, str], str] = {}
         self.stats = ForwardStats()
 
     async def forward(
@@ -105,13 +107,17 @@ class Forwarder:
         request: generation_pb2.GenerateRequest,
         prompt_ids: Sequence[int],
         context: Context,
+        tenant: str = "",
     ) -> bool:
         """Pass a request on if another router is clearly better; return whether it is served.
+
+        The other router learns the tenant as this one did: by the client's own key.
 
         Args:
             request: As it came; gets a request id, should it have none.
             prompt_ids: What it means.
             context: Of the call that is answered.
+            tenant: Whose call it is.
 
         Raises:
             ExpertMeshError: What the other router answered about the request, or after its first
@@ -119,15 +125,16 @@ class Forwarder:
         """
         if not self._may_forward(request, context):
             return False
-        hashing = (aligned_hashes, self._namespace, prompt_ids)
+        hashing = (aligned_hashes, tenant_namespace(self._namespace, tenant), prompt_ids)
         hashes = await in_thread_if_large(BYTES_PER_TOKEN * len(prompt_ids), *hashing)
-        return await self._forward(request, hashes, len(prompt_ids), context)
+        return await self._forward(request, hashes, len(prompt_ids), context, tenant)
 
     async def forward_turn(
         self,
         request: generation_pb2.GenerateRequest,
         read: Callable[[], Awaitable[SessionRecord]],
         context: Context,
+        tenant: str = "",
     ) -> bool:
         """Pass a session's turn on to the router that holds the session warm; see `forward`.
 
@@ -135,6 +142,7 @@ class Forwarder:
             request: As it came.
             read: Reads the session's record; called only where there are other routers.
             context: Of the call that is answered.
+            tenant: Whose call it is.
         """
         if not self._may_forward(request, context):
             return False
@@ -143,7 +151,7 @@ class Forwarder:
         except (SessionNotFoundError, StateUnavailableError):
             return False  # the turn itself says it better
         num_tokens = record.num_tokens + max(1, request.ByteSize() // BYTES_PER_TOKEN)
-        return await self._forward(request, record.snapshots, num_tokens, context)
+        return await self._forward(request, record.snapshots, num_tokens, context, tenant)
 
     def _may_forward(self, request: generation_pb2.GenerateRequest, context: Context) -> bool:
         metadata = dict(context.invocation_metadata() or ())
@@ -156,22 +164,30 @@ class Forwarder:
         hashes: Mapping[int, bytes],
         num_tokens: int,
         context: Context,
+        tenant: str,
     ) -> bool:
         choice = self._choose(hashes, num_tokens)
         if choice is None:
             return False
         request.request_id = request.request_id or new_request_id()
-        metadata = dict(context.invocation_metadata() or ())
-        passed = [(FORWARDED_KEY, self._own().router_id)]
-        if API_KEY_HEADER in metadata:
-            passed.append((API_KEY_HEADER, str(metadata[API_KEY_HEADER])))
         self._charge(choice, num_tokens)
         first_s = FIRST_MESSAGE_S + FIRST_MESSAGE_S_PER_TOKEN * num_tokens
-        return await self._relay(request, choice, passed, first_s, context)
+        key = (tenant, request.request_id)
+        self._live[key] = choice.view.address
+        try:
+            return await self._relay(request, choice, first_s, context)
+        finally:
+            self._live.pop(key, None)
 
-    async def cancel(self, request_id: str) -> bool:
-        """Cancel a request that was passed on; return whether it was live."""
-        address = self._live.get(request_id)
+    async def cancel(self, request_id: str, metadata: Metadata = (), tenant: str = "") -> bool:
+        """Cancel a request that was passed on; return whether it was live.
+
+        Args:
+            request_id: Of the request.
+            metadata: Of the call that cancels it; its key is passed on.
+            tenant: Whose call that is.
+        """
+        address = self._live.get((tenant, request_id))
         if address is None:
             return False
         stub = generation_pb2_grpc.GenerationServiceStub(self._channel(address))
@@ -179,6 +195,7 @@ class Forwarder:
             answer = await stub.CancelRequests(
                 generation_pb2.CancelRequestsRequest(request_ids=[request_id]),
                 timeout=FIRST_MESSAGE_S,
+                metadata=_key_of(metadata),
             )
         except grpc.RpcError:
             return False  # its router is gone, and the stream ends by that
@@ -219,15 +236,17 @@ class Forwarder:
         self,
         request: generation_pb2.GenerateRequest,
         choice: Choice,
-        metadata: Sequence[tuple[str, str]],
         first_s: float,
         context: Context,
     ) -> bool:
         view = choice.view
         stub = generation_pb2_grpc.GenerationServiceStub(self._channel(view.address))
+        metadata = [
+            (FORWARDED_KEY, self._own().router_id),
+            *_key_of(context.invocation_metadata() or ()),
+        ]
         call = stub.Generate(request, timeout=context.time_remaining(), metadata=metadata)
         is_open = False
-        self._live[request.request_id] = view.address
         try:
             async with asyncio.timeout(first_s):
                 message = await call.read()
@@ -249,7 +268,6 @@ class Forwarder:
             self._fall_back(view, error.code().name)
             return False
         finally:
-            del self._live[request.request_id]
             call.cancel()
 
     def _fall_back(self, view: RouterView, why: str) -> None:
@@ -261,6 +279,11 @@ class Forwarder:
         if address not in self._channels:
             self._channels[address] = self._access.aio_channel(address, _CHANNEL_OPTIONS)
         return self._channels[address]
+
+
+def _key_of(metadata: Metadata) -> list[tuple[str, str]]:
+    """Return the header with the API key that a client's call came with, if it did."""
+    return [(name, str(value)) for name, value in metadata if name == API_KEY_HEADER]
 
 
 async def _write(context: Context, message: generation_pb2.GenerateResponse) -> None:

@@ -17,6 +17,8 @@ from protos.errors import DeadlineExceededError, UnsupportedFeatureError
 from protos.ids import is_valid_session_id, new_request_id
 from protos.v1 import generation_pb2, generation_pb2_grpc
 from protos.validate import validate_cancel, validate_detokenize, validate_tokenize
+from router.engine.chain import tenant_namespace
+from router.gateway.authentication import Callers
 from router.gateway.continuation import SystemPrefixes
 from router.gateway.defaults import SamplingDefaults
 from router.gateway.forwarding import Forwarder
@@ -45,6 +47,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         address: Returns the router's own `host:port`, for `Accepted`.
         store: Of sessions; None: there are none.
         forwarder: Passes requests on to routers that start them sooner; None: nothing is passed on.
+        callers: Says whose calls they are; None: the unnamed tenant's.
+        namespace: Of the router's cached values; a tenant's is made of it.
     """
 
     def __init__(
@@ -60,7 +64,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         address: Callable[[], str] = str,
         store: SessionStore | None = None,
         forwarder: Forwarder | None = None,
+        callers: Callers | None = None,
+        namespace: str = "",
     ) -> None:
+        self._callers = callers or Callers()
+        self._namespace = namespace
         self._forwarder = forwarder
         self._store = store
         self._reader = RequestReader(text, model, defaults, max_pending_tokens)
@@ -71,7 +79,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._turns: SessionTurns | None = None
         if store is not None:
             self._turns = SessionTurns(
-                store, self._reader, self._live, self._prefixes, clock=clock, address=address
+                store,
+                self._reader,
+                self._live,
+                self._prefixes,
+                clock=clock,
+                address=address,
+                namespace=namespace,
             )
 
     def turn_stats(self) -> TurnStats | None:
@@ -85,21 +99,21 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> None:
         """Stream a request's output; see `generation.proto`."""
-        deadline = self._deadline(context)
+        deadline, tenant = self._deadline(context), self._tenant_of(context)
         reader = self._reader
         if request.session_id:
             if self._turns is None:
                 raise UnsupportedFeatureError("session_id: this router has no session store")
-            if not await self._forwards_turn(request, context):
-                await self._turns.generate(request, context, deadline)
+            if not await self._forwards_turn(request, context, tenant):
+                await self._turns.generate(request, context, deadline, tenant)
             return
         prompt_ids = await in_thread_if_large(request.ByteSize(), reader.check_and_encode, request)
         forwarder = self._forwarder
-        if forwarder is not None and await forwarder.forward(request, prompt_ids, context):
+        if forwarder is not None and await forwarder.forward(request, prompt_ids, context, tenant):
             return
         request_id = request.request_id or new_request_id()
         is_resumed = request.HasField("resume_from")
-        async with self._live.enter(request_id, context, takes_over=is_resumed) as live:
+        async with self._live.enter(tenant, request_id, context, takes_over=is_resumed) as live:
             forced_ids = tuple(request.resume_tokens.ids)
             engine_request = reader.engine_request(
                 request,
@@ -107,8 +121,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 prompt_ids=prompt_ids,
                 deadline=deadline,
                 forced_ids=forced_ids,
+                namespace=tenant_namespace(self._namespace, tenant),
                 junctions=await in_thread_if_large(
-                    request.ByteSize(), self._prefixes.junctions, request, prompt_ids
+                    request.ByteSize(), self._prefixes.junctions, request, prompt_ids, tenant
                 ),
             )
             stream = RequestStream(
@@ -181,25 +196,30 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.CancelRequestsResponse:
         """Cancel requests by id; see `generation.proto`."""
         validate_cancel(request)
+        tenant = self._tenant_of(context)
         answer = generation_pb2.CancelRequestsResponse()
         for request_id in dict.fromkeys(request.request_ids):
-            live = self._live.get(request_id)
+            live = self._live.get(tenant, request_id)
             is_live = live is not None and live.cancel("CancelRequests")
             if live is None and self._forwarder is not None:
-                is_live = await self._forwarder.cancel(request_id)
+                metadata = context.invocation_metadata() or ()
+                is_live = await self._forwarder.cancel(request_id, metadata, tenant)
             (answer.cancelled if is_live else answer.unknown).append(request_id)
         return answer
 
     async def _forwards_turn(
-        self, request: generation_pb2.GenerateRequest, context: Context
+        self, request: generation_pb2.GenerateRequest, context: Context, tenant: str
     ) -> bool:
         """Pass a session's turn on; return whether another router has served it."""
         forwarder, store = self._forwarder, self._store
         if forwarder is None or store is None or not is_valid_session_id(request.session_id):
             return False
         return await forwarder.forward_turn(
-            request, lambda: store.get("", request.session_id), context
+            request, lambda: store.get(tenant, request.session_id), context, tenant
         )
+
+    def _tenant_of(self, context: Context) -> str:
+        return self._callers.tenant_of(context.invocation_metadata())
 
     def _deadline(self, context: Context) -> float | None:
         left_s = context.time_remaining()

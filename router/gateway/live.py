@@ -1,4 +1,4 @@
-"""The generations that run in this process: by id, each with the ways in which it can end.
+"""The generations that run in this process, each with the ways in which it can end.
 
 A generation's handler is one task, and what ends it early is an error: a client that reads nothing
 any more, a call that resumes the stream elsewhere, a lease that is lost. `LiveRequest.fail` brings
@@ -33,6 +33,8 @@ TAKEOVER_TIMEOUT_S = 5.0
 """How long a call that resumes a stream waits until the stream's first handler has ended."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Key = tuple[str, str]
+"""Tenant and request id."""
 
 
 class EngineCalls(Protocol):
@@ -54,6 +56,7 @@ class LiveRequest:
     """One generation and its handler.
 
     Attributes:
+        key: Tenant and request id.
         engine_id: The engine's name of it. One that takes over has another one than the request:
             the engine may know the first until its next step.
         error: What is to end the handler, or has.
@@ -71,17 +74,21 @@ class LiveRequest:
         "engine_id",
         "error",
         "is_ending",
+        "key",
         "request_id",
         "writing_since",
     )
 
     def __init__(
-        self, request_id: str, engine: EngineCalls, context: Context, *, takes_over: bool
+        self, key: Key, engine: EngineCalls, context: Context, *, takes_over: bool
     ) -> None:
         task = asyncio.current_task()
         assert task is not None
+        tenant, request_id = key
+        self.key = key
         self.request_id = request_id
-        self.engine_id = f"{request_id}~{secrets.token_hex(4)}" if takes_over else request_id
+        name = f"{request_id}@{tenant}" if tenant else request_id  # no request id has an @
+        self.engine_id = f"{name}~{secrets.token_hex(4)}" if takes_over else name
         self.error: ExpertMeshError | None = None
         self.is_ending = False
         self.ended = asyncio.Event()
@@ -136,20 +143,21 @@ class LiveRequests:
     def __init__(self, engine: EngineCalls, stall_timeout_s: float = STALL_TIMEOUT_S) -> None:
         self._engine = engine
         self._stall_timeout_s = stall_timeout_s
-        self._live: dict[str, LiveRequest] = {}
+        self._live: dict[Key, LiveRequest] = {}
         self._is_watching = False
 
-    def get(self, request_id: str) -> LiveRequest | None:
+    def get(self, tenant: str, request_id: str) -> LiveRequest | None:
         """Return a running generation."""
-        return self._live.get(request_id)
+        return self._live.get((tenant, request_id))
 
     @asynccontextmanager
     async def enter(
-        self, request_id: str, context: Context, *, takes_over: bool
+        self, tenant: str, request_id: str, context: Context, *, takes_over: bool
     ) -> AsyncIterator[LiveRequest]:
         """Be the generation of this id while the body runs.
 
         Args:
+            tenant: Whose it is; other tenants' generations of the same id are others.
             request_id: Not empty.
             context: The call's.
             takes_over: The call resumes a stream: end the handler that still writes to the lost
@@ -159,13 +167,14 @@ class LiveRequests:
             DuplicateRequestError: The id is taken.
             ExpertMeshError: What `LiveRequest.fail` got.
         """
-        before = self._live.get(request_id)
+        key = (tenant, request_id)
+        before = self._live.get(key)
         if before is not None:
             if not takes_over:
                 raise DuplicateRequestError(request_id)
             await self._end(before)
-        live = LiveRequest(request_id, self._engine, context, takes_over=takes_over)
-        self._live[request_id] = live
+        live = LiveRequest(key, self._engine, context, takes_over=takes_over)
+        self._live[key] = live
         self._watch()
         try:
             yield live
@@ -175,7 +184,7 @@ class LiveRequests:
             raise live.error from None
         finally:
             live.release("stream ended")
-            del self._live[request_id]
+            del self._live[key]
             live.ended.set()
 
     async def _end(self, before: LiveRequest) -> None:
@@ -185,7 +194,7 @@ class LiveRequests:
                 await before.ended.wait()
         except TimeoutError:
             raise DuplicateRequestError(before.request_id) from None
-        if before.request_id in self._live:  # two calls resume one stream: the first has it
+        if before.key in self._live:  # two calls resume one stream: the first has it
             raise DuplicateRequestError(before.request_id)
 
     def _watch(self) -> None:

@@ -91,14 +91,17 @@ class Turn:
         """Generated tokens so far."""
         return [] if self._stream is None else self._stream.token_ids
 
-    def engine_request(self, engine_id: str, deadline: float | None) -> EngineRequest:
-        """Return what the engine is to do."""
+    def engine_request(
+        self, engine_id: str, deadline: float | None, namespace: str
+    ) -> EngineRequest:
+        """Return what the engine is to do; its prefixes are named in the given namespace."""
         return self._reader.engine_request(
             self.request,
             request_id=engine_id,
             prompt_ids=[*self.history.tolist(), *self.prompt_ids.tolist()],
             deadline=deadline,
             forced_ids=self._forced_ids,
+            namespace=namespace,
             junctions=self._junctions,
             session=self.hint,
         )

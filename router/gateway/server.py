@@ -32,7 +32,7 @@ from protos.v1 import (
     session_pb2,
     session_pb2_grpc,
 )
-from router.gateway.authentication import ApiKeyInterceptor
+from router.gateway.authentication import ApiKey, ApiKeyInterceptor, Callers
 from router.gateway.delivery import LoopDelivery
 from router.gateway.gating import GatingServicer
 from router.gateway.generation import GenerationServicer
@@ -77,7 +77,7 @@ class GatewayOptions:
     """Further ones are closed at once."""
     tls: ServerTls | None = None
     """None: a plain port."""
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_keys: tuple[ApiKey, ...] = field(default=(), repr=False)
     """Every call but health must carry one of these; none: calls need no key."""
 
 
@@ -123,7 +123,7 @@ class Gateway:
         options = self._options
         interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
         if options.api_keys:
-            interceptors.insert(0, ApiKeyInterceptor(options.api_keys))
+            interceptors.insert(0, ApiKeyInterceptor(Callers(options.api_keys)))
         server = grpc.aio.server(interceptors=interceptors, options=_server_options(options))
         for service in self._services:
             service.add_to_server(service.servicer, server)

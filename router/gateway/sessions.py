@@ -1,7 +1,8 @@
 """`SessionService`: create, read, list, fork and delete sessions.
 
-Checks what clients send and says what the store answers; turns are in `router.gateway.turn`. The
-tenant comes from the router, never from a request.
+Checks what clients send and says what the store answers; turns are in `router.gateway.turn`. Whose
+sessions a call means is said by its API key, never by the request: another tenant's session is one
+that does not exist.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from protos.errors import StateUnavailableError, Violation
 from protos.ids import is_valid_session_id, new_session_id, session_id_rule
 from protos.v1 import session_pb2, session_pb2_grpc
 from protos.validate import raise_violations
+from router.engine.chain import tenant_namespace
+from router.gateway.authentication import Callers
 from router.state.session_records import SessionRecord, TokenIds, TurnRecord
 from router.state.sessions import SessionStore
 
@@ -30,12 +33,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
-    """Serves the sessions of one tenant.
+    """Serves the sessions of the calls' tenants.
 
     Args:
         store: Where they are.
         namespace: What this router's cached values depend on, besides tokens.
-        tenant: Whose they are.
+        callers: Says whose they are; None: the unnamed tenant's.
         default_ttl_s: Of a session that is made without one.
     """
 
@@ -43,14 +46,14 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         self,
         store: SessionStore,
         namespace: str = "",
-        tenant: str = "",
+        callers: Callers | None = None,
         *,
         default_ttl_s: float = 7 * 86400.0,
     ) -> None:
         self._default_ttl_s = default_ttl_s
         self._store = store
         self._namespace = namespace
-        self._tenant = tenant
+        self._callers = callers or Callers()
 
     async def CreateSession(
         self, request: session_pb2.CreateSessionRequest, context: Context
@@ -59,13 +62,14 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         found = _id_violations("session_id", request.session_id, may_be_empty=True)
         found += _option_violations(request)
         raise_violations(found)
+        tenant = self._tenant_of(context)
         record = await self._store.create(
-            self._tenant,
+            tenant,
             request.session_id or new_session_id(),
             ttl_s=_ttl_s(request) or self._default_ttl_s,
             quota_tokens=request.quota_tokens,
             metadata=dict(request.metadata),
-            namespace=self._namespace,
+            namespace=tenant_namespace(self._namespace, tenant),
         )
         return session_message(record)
 
@@ -74,8 +78,8 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     ) -> session_pb2.Session:
         """Return a session; see `session.proto`."""
         raise_violations(_id_violations("session_id", request.session_id))
-        record = await self._store.get(self._tenant, request.session_id)
-        key = (self._tenant, record.session_id)
+        key = (self._tenant_of(context), request.session_id)
+        record = await self._store.get(*key)
         return session_message(
             record,
             addresses=await self._addresses() if record.holder else {},
@@ -91,7 +95,8 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             rule = f"must be at most {MAX_PAGE_SIZE}"
             raise_violations([Violation("page_size", rule, request.page_size)])
         size = request.page_size or DEFAULT_PAGE_SIZE
-        records, next_token = await self._store.list(self._tenant, size, request.page_token)
+        tenant = self._tenant_of(context)
+        records, next_token = await self._store.list(tenant, size, request.page_token)
         return session_pb2.ListSessionsResponse(
             sessions=[session_message(record) for record in records], next_page_token=next_token
         )
@@ -105,7 +110,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         found += _option_violations(request)
         raise_violations(found)
         record = await self._store.fork(
-            self._tenant,
+            self._tenant_of(context),
             request.session_id,
             request.new_session_id or new_session_id(),
             request.at_tokens if request.HasField("at_tokens") else None,
@@ -120,8 +125,11 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     ) -> session_pb2.DeleteSessionResponse:
         """Delete a session; see `session.proto`."""
         raise_violations(_id_violations("session_id", request.session_id))
-        deleted = await self._store.delete(self._tenant, request.session_id)
+        deleted = await self._store.delete(self._tenant_of(context), request.session_id)
         return session_pb2.DeleteSessionResponse(deleted=deleted)
+
+    def _tenant_of(self, context: Context) -> str:
+        return self._callers.tenant_of(context.invocation_metadata())
 
     async def _addresses(self) -> dict[str, str]:
         """Return the address of each router that has said it lately."""

@@ -32,6 +32,7 @@ from protos.errors import (
 from protos.ids import new_request_id
 from protos.v1 import generation_pb2
 from protos.validate import validate_generate
+from router.engine.chain import tenant_namespace
 from router.gateway.continuation import SystemPrefixes, continue_session
 from router.gateway.live import LiveRequest, LiveRequests
 from router.gateway.open_turn import Turn, kept_request, replayed
@@ -54,6 +55,8 @@ SETTLE_TIMEOUT_S = 5.0
 """How long a turn waits until this router has given back the lease of the turn before."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+SessionKey = tuple[str, str]
+"""Tenant and session id."""
 
 
 class SessionTurns:
@@ -66,7 +69,7 @@ class SessionTurns:
         prefixes: Knows where chats begin alike.
         clock: The engine's and the store's.
         address: Returns the router's own `host:port`.
-        tenant: Whose sessions these are; never from a request.
+        namespace: Of the router's cached values; a tenant's is made of it.
 
     Attributes:
         figures: What the turns have gone through.
@@ -81,7 +84,7 @@ class SessionTurns:
         *,
         clock: Callable[[], float],
         address: Callable[[], str],
-        tenant: str = "",
+        namespace: str = "",
     ) -> None:
         self.figures = TurnFigures(store)
         self._store = store
@@ -89,9 +92,9 @@ class SessionTurns:
         self._live = live
         self._clock = clock
         self._address = address
-        self._tenant = tenant
+        self._namespace = namespace
         self._prefixes = prefixes
-        self._closing: dict[str, asyncio.Task[None]] = {}
+        self._closing: dict[SessionKey, asyncio.Task[None]] = {}
         self._snapshots = SnapshotNames(store)
 
     async def generate(
@@ -99,8 +102,15 @@ class SessionTurns:
         request: generation_pb2.GenerateRequest,
         context: Context,
         deadline: float | None,
+        tenant: str = "",
     ) -> None:
         """Serve one `Generate` with a session id.
+
+        Args:
+            request: As it came.
+            context: Of its call.
+            deadline: On the engine's clock.
+            tenant: Whose session is meant; never from the request.
 
         Raises:
             SessionNotFoundError: There is no such session.
@@ -114,11 +124,12 @@ class SessionTurns:
         await in_thread_if_large(size, validate_generate, request, self._reader.limits)
         request_id = request.request_id or new_request_id()
         is_resumed = request.HasField("resume_from")
-        async with self._live.enter(request_id, context, takes_over=is_resumed) as live:
-            await self._settle(request.session_id)
-            if is_resumed and await self._replay(request, live):
+        key = (tenant, request.session_id)
+        async with self._live.enter(tenant, request_id, context, takes_over=is_resumed) as live:
+            await self._settle(key)
+            if is_resumed and await self._replay(request, key, live):
                 return
-            lease = await self._acquire(request.session_id, NEWS_WAIT_S if is_resumed else 0.0)
+            lease = await self._acquire(key, NEWS_WAIT_S if is_resumed else 0.0)
             turn: Turn | None = None
             try:
                 turn = await self._begin(request, request_id, lease)
@@ -128,7 +139,7 @@ class SessionTurns:
                     await self._run(turn, live, deadline)
             finally:
                 await self._close(lease, turn, live)
-            if turn is None and not await self._replay(request, live):
+            if turn is None and not await self._replay(request, key, live):
                 detail = f"the turn of request {request_id} is not open"
                 raise SessionFencedError(request.session_id, detail)
 
@@ -137,29 +148,29 @@ class SessionTurns:
         if self._closing:
             await asyncio.wait(list(self._closing.values()), timeout=SETTLE_TIMEOUT_S)
 
-    async def _settle(self, session_id: str) -> None:
-        if (task := self._closing.get(session_id)) is not None:
+    async def _settle(self, key: SessionKey) -> None:
+        if (task := self._closing.get(key)) is not None:
             await asyncio.wait([task], timeout=SETTLE_TIMEOUT_S)
 
-    async def _acquire(self, session_id: str, wait_s: float) -> Lease:
+    async def _acquire(self, key: SessionKey, wait_s: float) -> Lease:
         """Take the lease, held by another for `wait_s` at most."""
         until = self._clock() + wait_s
         while True:
             try:
-                return await self._acquire_now(session_id)
+                return await self._acquire_now(key)
             except SessionBusyError:
                 if self._clock() + NEWS_PAUSE_S > until:
                     self.figures.num_conflicts += 1
                     raise
             await asyncio.sleep(NEWS_PAUSE_S)
 
-    async def _acquire_now(self, session_id: str) -> Lease:
+    async def _acquire_now(self, key: SessionKey) -> Lease:
         """Take the lease; a client that is lost meanwhile does not leave it behind."""
-        task = asyncio.ensure_future(self._store.acquire(self._tenant, session_id))
+        task = asyncio.ensure_future(self._store.acquire(*key))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            self._close_behind(session_id, self._give_back(task))
+            self._close_behind(key, self._give_back(task))
             raise
 
     async def _give_back(self, acquiring: asyncio.Future[Lease]) -> None:
@@ -180,7 +191,7 @@ class SessionTurns:
             if opened is not None and opened.request_id == request_id:
                 return self._resumed(request, lease, history, opened)
             is_known = request.resume_from or request.WhichOneof("input") is None
-            if is_known or await self._finished_turn(request) is not None:
+            if is_known or await self._finished_turn(request, lease.tenant) is not None:
                 return None
         return await self._opened(request, request_id, lease, history)
 
@@ -202,7 +213,7 @@ class SessionTurns:
         junctions: tuple[int, ...] = ()
         if not len(history):
             junctions = await in_thread_if_large(
-                large, self._prefixes.junctions, request, prompt_ids
+                large, self._prefixes.junctions, request, prompt_ids, lease.tenant
             )
         prompt = np.array(prompt_ids, dtype=np.uint32)
         await self._store.abandon_turn(lease)
@@ -281,8 +292,9 @@ class SessionTurns:
 
     async def _run(self, turn: Turn, live: LiveRequest, deadline: float | None) -> None:
         large = 4 * len(turn.history)
+        namespace = tenant_namespace(self._namespace, turn.lease.tenant)
         engine_request = await in_thread_if_large(
-            large, turn.engine_request, live.engine_id, deadline
+            large, turn.engine_request, live.engine_id, deadline, namespace
         )
         stream = turn.open_stream(on_overflow=lambda: live.release("slow reader"))
         position = live.submit(engine_request, turn.put)
@@ -370,18 +382,19 @@ class SessionTurns:
         if turn is not None:
             turn.close_stream()
         live.release("stream ended")
-        task = self._close_behind(lease.session_id, self._let_go(lease, turn))
+        key = (lease.tenant, lease.session_id)
+        task = self._close_behind(key, self._let_go(lease, turn))
         if turn is None or not turn.has_ended:
             await asyncio.shield(task)
 
-    def _close_behind(self, session_id: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _close_behind(self, key: SessionKey, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do work that the session's next turn waits for."""
         task = asyncio.create_task(work)
-        self._closing[session_id] = task
+        self._closing[key] = task
 
         def forget(done: asyncio.Task[None]) -> None:
-            if self._closing.get(session_id) is done:
-                del self._closing[session_id]
+            if self._closing.get(key) is done:
+                del self._closing[key]
 
         task.add_done_callback(forget)
         return task
@@ -411,18 +424,22 @@ class SessionTurns:
 
     # What is over
 
-    async def _replay(self, request: generation_pb2.GenerateRequest, live: LiveRequest) -> bool:
+    async def _replay(
+        self, request: generation_pb2.GenerateRequest, key: SessionKey, live: LiveRequest
+    ) -> bool:
         """Send the rest of a committed turn from the store; return whether there was one."""
-        record = await self._finished_turn(request)
+        record = await self._finished_turn(request, key[0])
         if record is None:
             return False
-        history = await self._store.history(self._tenant, request.session_id)
+        history = await self._store.history(*key)
         messages = replayed(self._reader, record, history, request.resume_from, self._address())
         for message in messages:
             await live.write(message)
         return True
 
-    async def _finished_turn(self, request: generation_pb2.GenerateRequest) -> TurnRecord | None:
-        turns = await self._store.turns(self._tenant, request.session_id)
+    async def _finished_turn(
+        self, request: generation_pb2.GenerateRequest, tenant: str
+    ) -> TurnRecord | None:
+        turns = await self._store.turns(tenant, request.session_id)
         found = (t for t in reversed(turns) if t.request_id == request.request_id)
         return next(found, None)

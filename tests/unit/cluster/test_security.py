@@ -13,6 +13,7 @@ from cluster.config import Config, load_config
 from cluster.preflight import quick_checks
 from cluster.security import Security, config_of_group, load_security
 from protos.errors import ConfigurationError
+from router.gateway.authentication import ApiKey
 from tests.certificates import SERVER_ONLY, Authority
 from tests.integration.served import run_cli
 
@@ -65,9 +66,25 @@ def test_keys_come_from_settings_and_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# of the team\n{SECRET}\n\n  second  \nfirst\n")
     found = security(router__api_keys=["first"], router__api_key_file=str(file))
-    assert found.api_keys == ("first", SECRET, "second")
+    assert found.api_keys == (ApiKey("first"), ApiKey(SECRET), ApiKey("second"))
     environment = load_config(env={"EXPERTMESH_ROUTER__API_KEYS": "one,two"}).config
-    assert load_security(environment).api_keys == ("one", "two")
+    assert load_security(environment).api_keys == (ApiKey("one"), ApiKey("two"))
+
+
+def test_a_key_may_name_its_tenant(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("plain:with:colons\nteam-b   key-b\nteam-b key-c\n")
+    found = security(router__api_keys=["team-a key-a"], router__api_key_file=str(file))
+    assert found.api_keys == (
+        ApiKey("key-a", "team-a"),
+        ApiKey("plain:with:colons"),
+        ApiKey("key-b", "team-b"),
+        ApiKey("key-c", "team-b"),
+    )
+    assert found.to_routers.api_key == "plain:with:colons", "a tenant's may not change the service"
+    environment = load_config(env={"EXPERTMESH_ROUTER__API_KEYS": "a one,two"}).config
+    assert load_security(environment).api_keys == (ApiKey("one", "a"), ApiKey("two"))
+    assert "key-" not in repr(found)
 
 
 def test_wrong_keys_and_files_are_refused_without_showing_them(tmp_path: Path) -> None:
@@ -78,7 +95,10 @@ def test_wrong_keys_and_files_are_refused_without_showing_them(tmp_path: Path) -
     for settings, field, rule in (
         ({"router__api_keys": [f"{SECRET}\n"]}, "router.api_keys", "visible ASCII"),
         ({"router__api_keys": [""]}, "router.api_keys", "visible ASCII"),
-        ({"router__api_key_file": str(bad)}, "router.api_key_file", "visible ASCII"),
+        ({"router__api_key_file": str(bad)}, "router.api_key_file", "or a tenant's name"),
+        ({"router__api_keys": [f"a/b {SECRET}"]}, "router.api_keys", "or a tenant's name"),
+        ({"router__api_keys": [f"a {SECRET}é"]}, "router.api_keys", "visible ASCII"),
+        ({"router__api_keys": [f"a {SECRET}", SECRET]}, "router.api_keys", "two tenants"),
         ({"router__api_key_file": str(empty)}, "router.api_key_file", "must hold a key"),
         ({"router__api_key_file": str(tmp_path / "no")}, "router.api_key_file", "No such file"),
     ):

@@ -38,6 +38,7 @@ EXAMPLES: list[ExpertMeshError] = [
     errors.RequestCancelledError("r-1", "by its client"),
     errors.SlowReaderError(20_000, 16_384),
     errors.UnauthenticatedError("the API key is not known"),
+    errors.PermissionDeniedError("a key without a tenant is needed"),
     errors.ClientStalledError(30.0),
     errors.SessionNotFoundError("chat-7"),
     errors.SessionExistsError("chat-7"),

@@ -16,6 +16,7 @@ from protos.client import Client, ClientConfig
 from router.engine.batch import Batch
 from router.engine.config import EngineConfig
 from router.engine.engine import Engine
+from router.gateway.authentication import Callers
 from router.gateway.delivery import LoopDelivery
 from router.gateway.generation import GenerationServicer
 from router.gateway.request_reader import ServedModel
@@ -93,6 +94,7 @@ def running(
     max_queued: int = 64,
     max_prompt_tokens: int = 2048,
     store: SessionStore | None = None,
+    callers: Callers | None = None,
     **servicer_options: Any,
 ) -> Iterator[GatewayService]:
     """Run a gateway; everything is stopped at the end."""
@@ -119,9 +121,11 @@ def running(
         vocab_size=VOCAB,
         dtype="float32",
     )
-    servicer = GenerationServicer(engine, text, served, store=store, **servicer_options)
+    servicer = GenerationServicer(
+        engine, text, served, store=store, callers=callers, **servicer_options
+    )
     if store is not None:
-        services = (*services, session_service(SessionServicer(store)))
+        services = (*services, session_service(SessionServicer(store, callers=callers)))
     thread = GatewayThread(
         [generation_service(servicer), *services], options or GatewayOptions(), delivery
     )

@@ -101,6 +101,7 @@ class Router(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.CancelRequestsRequest, context: forwarding.Context
     ) -> generation_pb2.CancelRequestsResponse:
         self.cancelled.extend(request.request_ids)
+        self.keys.append(str(dict(context.invocation_metadata() or ()).get("authorization", "")))
         return generation_pb2.CancelRequestsResponse(cancelled=request.request_ids)
 
 
@@ -276,8 +277,10 @@ async def test_a_client_that_leaves_ends_the_far_stream(pair: Pair) -> None:
     async with asyncio.timeout(10):
         while not pair.far.requests:
             await asyncio.sleep(0)
-    assert await pair.forwarder.cancel("r")
+    assert not await pair.forwarder.cancel("r", tenant="other")
+    assert await pair.forwarder.cancel("r", [("authorization", "Bearer k"), ("x", "y")])
     assert pair.far.cancelled == ["r"]
+    assert pair.far.keys[-1] == "Bearer k"
     assert not await pair.forwarder.cancel("unknown")
     call.cancel()
     async with asyncio.timeout(10):

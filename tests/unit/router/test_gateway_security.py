@@ -24,6 +24,7 @@ from protos.errors import (
 )
 from protos.tls import Access, ClientTls
 from protos.v1 import generation_pb2, generation_pb2_grpc
+from router.gateway.authentication import ApiKey
 from router.gateway.server import GatewayOptions
 from tests.certificates import SERVER_ONLY, Authority, Issued
 from tests.eventually import eventually
@@ -31,6 +32,7 @@ from tests.silent_socket import connect_silently, is_closed_by_peer
 from tests.unit.router.gateway_service import PROMPT, ScriptModel, running
 
 KEYS = ("first-key", "second-key")
+API_KEYS = tuple(ApiKey(key) for key in KEYS)
 ONCE = ClientConfig(timeout_s=20, short_timeout_s=10, max_attempts=1)
 
 
@@ -81,7 +83,7 @@ def mutual_address(pki: Pki) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def keyed_address() -> Iterator[str]:
-    with running(ScriptModel("answer"), options=GatewayOptions(api_keys=KEYS)) as service:
+    with running(ScriptModel("answer"), options=GatewayOptions(api_keys=API_KEYS)) as service:
         yield service.address
 
 
@@ -240,7 +242,7 @@ def answers(address: str, tls: ClientTls | None) -> bool:
 
 def test_keys_are_never_logged_or_shown(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    options = GatewayOptions(api_keys=KEYS)
+    options = GatewayOptions(api_keys=API_KEYS)
     with running(ScriptModel("answer"), options=options) as service:
         assert text_of(service.address, api_key=KEYS[0]) == "answer"
         with pytest.raises(UnauthenticatedError) as raised:

@@ -23,6 +23,7 @@ from protos.errors import (
 )
 from protos.tls import Access, ClientTls
 from protos.v1 import gating_pb2, gating_pb2_grpc
+from router.gateway.authentication import ApiKey
 from router.gateway.gating import GatingServicer
 from router.gateway.server import GatewayOptions, GatewayThread, gating_service
 from router.gating.gate import Gate
@@ -145,7 +146,7 @@ def test_tls_and_a_key_change_no_answer(mesh: Mesh, tmp_path: Path) -> None:
     assert found is not None
     tls = ClientTls.from_files(authority.certfile)
     guarded = Mesh(
-        GatewayOptions(tls=found.server, api_keys=("key",)), Access(tls=tls, api_key="key")
+        GatewayOptions(tls=found.server, api_keys=(ApiKey("key"),)), Access(tls=tls, api_key="key")
     )
     requests = [request_of(hidden_of(1 + i), call_id=i, layer_id=i % 2) for i in range(4)]
     assert guarded.route(*requests) == mesh.route(*requests)
