@@ -23,7 +23,7 @@ from cluster.config import Config
 from cluster.security import Security, load_security
 from protos.errors import ConfigurationError, NotReadyError
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
-from router.gateway.authentication import ApiKeyInterceptor
+from router.gateway.authentication import ApiKeyInterceptor, Callers
 from router.gateway.interceptor import ErrorInterceptor
 
 STARTING, READY, STOPPING = "STARTING", "READY", "STOPPING"
@@ -92,7 +92,7 @@ class StatusPort:
     async def _open(self, security: Security) -> None:
         interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
         if security.api_keys:
-            interceptors.insert(0, ApiKeyInterceptor(security.api_keys))
+            interceptors.insert(0, ApiKeyInterceptor(Callers(security.api_keys)))
         server = grpc.aio.server(interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
         servicer = _StatusServicer(self._config, security)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(servicer, server)
