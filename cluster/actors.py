@@ -96,6 +96,10 @@ class RouterActor:
         """Return when the process was told to stop; raise when its engine died."""
         self._running.wait()
 
+    def note_decisions(self, mode: str, decisions: list[bytes]) -> None:
+        """Keep decisions of the autoscaler, to explain them."""
+        self._running.note_decisions(mode, decisions)
+
     def drain(self, timeout_s: float) -> int:
         """Take nothing new, finish what runs; return what is left after `timeout_s`."""
         return self._running.drain(timeout_s)

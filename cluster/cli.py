@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from cluster.cli_autoscale import autoscale_app
 from cluster.cli_options import DEFAULT_URL, ApiKey, AsJson, TlsCa, TlsCert, TlsKey, Url, access_of
 from cluster.cli_service import service_app
 from cluster.cli_sessions import sessions_app
@@ -26,6 +27,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Show, check and describe the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(sessions_app, name="sessions")
+app.add_typer(autoscale_app, name="autoscale")
 app.add_typer(service_app, name="service")
 
 
@@ -160,6 +162,34 @@ ClusterSslCertfile = Annotated[
 ClusterSslCaCerts = Annotated[
     str | None, _setting("cluster.ssl_ca_certs", "--cluster-ssl-ca-certs", panel="Cluster")
 ]
+Autoscale = Annotated[
+    Literal["off", "advise", "apply"] | None,
+    _setting("autoscale.mode", "--autoscale", panel="Autoscale"),
+]
+MinGroups = Annotated[
+    int | None, _setting("autoscale.min_groups", "--min-expert-groups", panel="Autoscale")
+]
+MaxGroups = Annotated[
+    int | None, _setting("autoscale.max_groups", "--max-expert-groups", panel="Autoscale")
+]
+MinRouters = Annotated[
+    int | None, _setting("autoscale.min_routers", "--min-routers", panel="Autoscale")
+]
+MaxRouters = Annotated[
+    int | None, _setting("autoscale.max_routers", "--max-routers", panel="Autoscale")
+]
+UpscaleDelay = Annotated[
+    float | None, _setting("autoscale.upscale_delay_s", "--upscale-delay", panel="Autoscale")
+]
+DownscaleDelay = Annotated[
+    float | None, _setting("autoscale.downscale_delay_s", "--downscale-delay", panel="Autoscale")
+]
+TargetTtft = Annotated[
+    float | None, _setting("autoscale.target_ttft_ms", "--target-ttft-ms", panel="Autoscale")
+]
+TargetItl = Annotated[
+    float | None, _setting("autoscale.target_itl_ms", "--target-itl-ms", panel="Autoscale")
+]
 Verbose = Annotated[bool | None, _setting("cluster.verbose", "--verbose", panel="Cluster")]
 
 
@@ -212,6 +242,15 @@ def serve(
     cluster_ssl_keyfile: ClusterSslKeyfile = None,
     cluster_ssl_certfile: ClusterSslCertfile = None,
     cluster_ssl_ca_certs: ClusterSslCaCerts = None,
+    autoscale: Autoscale = None,
+    min_expert_groups: MinGroups = None,
+    max_expert_groups: MaxGroups = None,
+    min_routers: MinRouters = None,
+    max_routers: MaxRouters = None,
+    upscale_delay: UpscaleDelay = None,
+    downscale_delay: DownscaleDelay = None,
+    target_ttft_ms: TargetTtft = None,
+    target_itl_ms: TargetItl = None,
     verbose: Verbose = None,
     config: ConfigFile = None,
 ) -> None:
@@ -269,6 +308,15 @@ def serve(
                 "cluster.ssl_certfile": cluster_ssl_certfile,
                 "cluster.ssl_ca_certs": cluster_ssl_ca_certs,
                 "cluster.verbose": verbose,
+                "autoscale.mode": autoscale,
+                "autoscale.min_groups": min_expert_groups,
+                "autoscale.max_groups": max_expert_groups,
+                "autoscale.min_routers": min_routers,
+                "autoscale.max_routers": max_routers,
+                "autoscale.upscale_delay_s": upscale_delay,
+                "autoscale.downscale_delay_s": downscale_delay,
+                "autoscale.target_ttft_ms": target_ttft_ms,
+                "autoscale.target_itl_ms": target_itl_ms,
             },
             os.environ,
             config,

@@ -171,6 +171,44 @@ class ClusterSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AutoscaleSection:
+    """How many routers and expert groups there should be; see `expertmesh autoscale`."""
+
+    mode: Literal["off", "advise", "apply"] = "off"
+    """Decide nothing, decide and tell, or decide and do."""
+    min_groups: int | None = number(None, minimum=0, maximum=1024)
+    """Expert groups at least; 0: none after a long idle time; unset: as many as at the start."""
+    max_groups: int | None = number(None, minimum=1, maximum=1024)
+    """Expert groups at most; unset: as many as at the start."""
+    min_routers: int | None = number(None, minimum=1, maximum=64)
+    """Routers at least: somebody takes the first request; unset: as many as at the start."""
+    max_routers: int | None = number(None, minimum=1, maximum=64)
+    """Routers at most; unset: as many as at the start."""
+    interval_s: float = number(2.0, minimum=0.1)
+    """Seconds between two decisions."""
+    look_back_period_s: float = number(10.0, minimum=0.1)
+    """Seconds that rates are measured over."""
+    upscale_delay_s: float = number(5.0, minimum=0)
+    """Seconds that more members must be wished without a break."""
+    downscale_delay_s: float = number(300.0, minimum=0)
+    """Seconds that fewer members must do without a break."""
+    downscale_to_zero_delay_s: float = number(900.0, minimum=1)
+    """Idle seconds after which no groups are left, where min_groups is 0."""
+    target_backlog_s: float = number(2.0, minimum=0.01)
+    """Seconds of prefill that may wait."""
+    target_ongoing_requests: int | None = number(None, minimum=1)
+    """Running and waiting requests of one router; unset: 80 % of engine.max_num_seqs."""
+    target_group_busy: float = number(0.7, minimum=0.05, maximum=0.95)
+    """Part of the time that a group computes."""
+    max_kv_usage: float = number(0.85, minimum=0.05, maximum=1)
+    """Part of the KV blocks, and of the state slots, that sequences own."""
+    target_ttft_ms: float | None = number(None, minimum=1)
+    """Time to first token, 95th percentile, in milliseconds; unset: any."""
+    target_itl_ms: float | None = number(None, minimum=0.1)
+    """Time between two tokens, 95th percentile, in milliseconds; unset: any."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole configuration; a component receives its own section only."""
 
@@ -186,6 +224,8 @@ class Config:
     """Sessions and cached KV: where they live, and how much of them is kept."""
     cluster: ClusterSection = field(default_factory=ClusterSection)
     """The Ray cluster and the life of the service in it."""
+    autoscale: AutoscaleSection = field(default_factory=AutoscaleSection)
+    """How many routers and expert groups there should be; see `expertmesh autoscale`."""
 
 
 @dataclass(frozen=True, slots=True)

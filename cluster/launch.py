@@ -21,6 +21,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.autoscale_loop import Membership
+from cluster.autoscaler import Autoscaler, check_mode
 from cluster.config import Config, parse_groups
 from cluster.kv_budget import format_bytes
 from cluster.members import (
@@ -88,6 +90,7 @@ class Service:
     _examination: Examination | None = None
     _facts: Facts | None = None
     _state: ServiceState | None = None
+    _autoscaler: Autoscaler | None = None
     _service_id: str = field(default_factory=new_service_id)
     _private: PrivateRay | None = None
     _deadline: float = 0.0
@@ -100,6 +103,7 @@ class Service:
             ExpertMeshError: What stands in the way.
         """
         self._deadline = time.monotonic() + self.config.cluster.start_timeout_s
+        check_mode(self.config)
         for warning in quick_checks(self.config):
             self.progress(f"warning: {warning}")
         if self.config.state.enabled:
@@ -158,6 +162,9 @@ class Service:
         self._gather("check", self._router_actors, "answer a request")
         who = (self._members, addresses)
         self._gather("join_group", self._router_actors, "exchange addresses", *who)
+        self._autoscaler = Autoscaler.start(
+            self.config, self._membership, facts.expert_bytes, self.progress
+        )
         self.is_ready = True
         return Ready(
             addresses=tuple(addresses.values()),
@@ -190,6 +197,8 @@ class Service:
             if name is not None:
                 routers.finished(name)
             routers.tick()
+            if self._autoscaler is not None:
+                self._autoscaler.tick([router.actor for router in routers.up])
         given_up = routers.given_up
         return f"{', '.join(given_up)} died too often" if given_up else None
 
@@ -207,6 +216,10 @@ class Service:
                 except RouterLostError as error:
                     self.progress(f"not drained: {error}")
         return left
+
+    def _membership(self) -> Membership:
+        """Return how many members there are to be, and where the routers are."""
+        return Membership(groups=len(self._groups), routers=self._watched.addresses())
 
     def _open_state(self) -> None:
         """Find or start the servers of sessions and cached KV."""
@@ -273,9 +286,13 @@ class Service:
         """Tell the routers that are up who else serves; nobody waits for it."""
         for router in self._watched.up:
             router.actor.call("join_group", self._members, self._watched.addresses())
+            if self._autoscaler is not None:
+                self._autoscaler.welcome(router.actor)
 
     def close(self) -> None:
         """End every process of the service. Never raises."""
+        if self._autoscaler is not None:
+            self._autoscaler.close()
         if self._examination is not None:
             self._examination.cancel()
         if self._cluster is not None:

@@ -88,6 +88,8 @@ def metrics_text(figures: Figures) -> str:
     for name, value in values.items():
         kind = "counter" if name.endswith("_total") else "gauge"
         lines += [f"# TYPE expertmesh_{name} {kind}", _line(name, labels, value)]
+    lines += _histogram("time_to_first_token_seconds", labels, stats.latency.first_token)
+    lines += _histogram("inter_token_latency_seconds", labels, stats.latency.between_tokens)
     if turns is not None:
         lines += _histogram("state_commit_seconds", labels, turns.commit_s)
     for name, read in _SERVER_METRICS.items():

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import psutil
 import torch
 
+from cluster.autoscale_log import DecisionLog
 from cluster.config import Config, EngineSection
 from cluster.hf_overrides import parse_hf_overrides
 from cluster.kv_budget import GIB, plan_cold_bytes, plan_kv_blocks
@@ -30,7 +31,7 @@ from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart,
 from cluster.metrics import Figures, MetricsServer, metrics_text
 from cluster.probe import check_answers
 from cluster.router_state import RouterState, cache_namespace
-from cluster.router_status import cache_status, cold_status, store_status
+from cluster.router_status import cache_status, cold_status, latency_status, store_status
 from cluster.security import load_security
 from cluster.served_decoder import ServedDecoder
 from cluster.service import ClusterServicer
@@ -105,6 +106,7 @@ class RouterProcess:
         self._shared: RouterState | None = None
         self._metrics: MetricsServer | None = None
         self._engine: Engine | None = None
+        self._decisions = DecisionLog()
 
     def facts(self, node_id: str, address: str) -> ProcessFacts:
         """Return where this process runs."""
@@ -213,6 +215,11 @@ class RouterProcess:
         self._members = tuple(members)
         self._routers = dict(routers)
 
+    def note_decisions(self, mode: str, decisions: list[bytes]) -> None:
+        """Keep decisions of the autoscaler, oldest first, to explain them."""
+        found = [cluster_pb2.AutoscaleDecision.FromString(part) for part in decisions]
+        self._decisions.add(mode, found)
+
     def wait(self) -> None:
         """Block until this router ended.
 
@@ -298,6 +305,8 @@ class RouterProcess:
             dispatch_s=stats.dispatch_s,
             pid=os.getpid(),
             trunk_ops=self._ops_name,
+            waiting_tokens=stats.num_queued_tokens,
+            latency=latency_status(stats.latency),
         )
         shared = self._shared
         if stats.reuse.is_on:
@@ -311,6 +320,7 @@ class RouterProcess:
             )
         status.cold.CopyFrom(cold_status(stats, shared.cold.stats() if shared else ColdStats()))
         if shared is not None:
+            status.prefill_tokens_per_s = shared.tier.cost.prefill_tokens_per_s
             status.sessions_held = shared.store.num_leases
             status.stores.extend(store_status(server) for server in shared.servers())
         return status
@@ -351,6 +361,10 @@ class RouterProcess:
     def expert_bytes(self) -> int:
         """Return the bytes of one expert."""
         return estimate_memory(self._model, self._dtype).expert_bytes
+
+    def explain_autoscale(self, limit: int) -> cluster_pb2.ExplainAutoscaleResponse:
+        """Return the last decisions on the number of members."""
+        return self._decisions.explain(limit)
 
     async def drain_and_leave(self, timeout_s: float) -> int:
         """Drain, then end the process a moment after the answer."""

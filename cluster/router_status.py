@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from protos.v1 import cluster_pb2
 from router.engine.config import EngineStats
+from router.engine.latencies import LatencyStats
 from router.engine.tier import TierStats
 from router.state.cold import ColdStats
 
@@ -70,6 +71,15 @@ def cold_status(stats: EngineStats, cold: ColdStats) -> cluster_pb2.ColdStatus:
         sent_bytes=cold.sent_bytes,
         read_blocks=cold.read_blocks,
         read_bytes=cold.read_bytes,
+    )
+
+
+def latency_status(latency: LatencyStats) -> cluster_pb2.LatencyStatus:
+    """Return how long a router's clients waited."""
+    return cluster_pb2.LatencyStatus(
+        bounds_s=latency.first_token.bounds,
+        first_token=latency.first_token.counts,
+        between_tokens=latency.between_tokens.counts,
     )
 
 

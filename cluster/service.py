@@ -69,6 +69,10 @@ class RouterView(Protocol):
         """Return the bytes of one expert."""
         ...
 
+    def explain_autoscale(self, limit: int) -> cluster_pb2.ExplainAutoscaleResponse:
+        """Return the last decisions on the number of members."""
+        ...
+
     async def drain_and_leave(self, timeout_s: float) -> int:
         """Take nothing new, finish what runs, then end the process; return what was left."""
         ...
@@ -181,6 +185,12 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         """Refuse: experts stay where they were placed at the start."""
         raise UnsupportedFeatureError("changing the placement of a running service")
 
+    async def ExplainAutoscale(
+        self, request: cluster_pb2.ExplainAutoscaleRequest, context: Context
+    ) -> cluster_pb2.ExplainAutoscaleResponse:
+        """Answer with the last decisions on the number of members."""
+        return self._router.explain_autoscale(request.limit)
+
     async def _status(self, *, local_only: bool) -> cluster_pb2.ClusterStatus:
         status = self._router.service_status()
         own = self._router.status()
@@ -225,6 +235,8 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         status.num_rows = state.num_rows
         status.num_pairs = state.num_pairs
         status.busy_s = state.busy_s
+        status.layer_pairs.extend(state.layer_pairs)
+        status.capacity_bytes = state.capacity_bytes
         return status
 
     async def _ask_router(self, router_id: str, address: str) -> cluster_pb2.RouterStatus:

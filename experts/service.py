@@ -157,6 +157,7 @@ class ExpertServicer:
             open_streams=self._num_streams,
             host_id=host_id(),
             dtype=status.dtype,
+            layer_pairs=self._runtime.load_counts().sum(axis=1).tolist(),
         )
 
     def watch_load(

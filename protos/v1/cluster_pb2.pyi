@@ -19,7 +19,7 @@ class WatchStatusRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
 
 class GroupStatus(_message.Message):
-    __slots__ = ("group_id", "state", "grpc_address", "transport", "compute", "num_threads", "num_experts", "resident_bytes", "num_calls", "num_rows", "num_pairs", "busy_s", "node_id", "pid")
+    __slots__ = ("group_id", "state", "grpc_address", "transport", "compute", "num_threads", "num_experts", "resident_bytes", "num_calls", "num_rows", "num_pairs", "busy_s", "node_id", "pid", "layer_pairs", "capacity_bytes")
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,8 @@ class GroupStatus(_message.Message):
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    LAYER_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     group_id: str
     state: str
     grpc_address: str
@@ -48,10 +50,12 @@ class GroupStatus(_message.Message):
     busy_s: float
     node_id: str
     pid: int
-    def __init__(self, group_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., transport: _Optional[str] = ..., compute: _Optional[str] = ..., num_threads: _Optional[int] = ..., num_experts: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., num_calls: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_pairs: _Optional[int] = ..., busy_s: _Optional[float] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+    layer_pairs: _containers.RepeatedScalarFieldContainer[int]
+    capacity_bytes: int
+    def __init__(self, group_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., transport: _Optional[str] = ..., compute: _Optional[str] = ..., num_threads: _Optional[int] = ..., num_experts: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., num_calls: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_pairs: _Optional[int] = ..., busy_s: _Optional[float] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., layer_pairs: _Optional[_Iterable[int]] = ..., capacity_bytes: _Optional[int] = ...) -> None: ...
 
 class RouterStatus(_message.Message):
-    __slots__ = ("router_id", "state", "grpc_address", "requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_total", "state_slots_used", "state_slots_total", "prompt_tokens", "generation_tokens", "preemptions", "steps", "step_s", "dispatch_s", "pid", "trunk_ops", "sessions_held", "cache", "stores", "cold")
+    __slots__ = ("router_id", "state", "grpc_address", "requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_total", "state_slots_used", "state_slots_total", "prompt_tokens", "generation_tokens", "preemptions", "steps", "step_s", "dispatch_s", "pid", "trunk_ops", "sessions_held", "cache", "stores", "cold", "waiting_tokens", "prefill_tokens_per_s", "latency")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +77,9 @@ class RouterStatus(_message.Message):
     CACHE_FIELD_NUMBER: _ClassVar[int]
     STORES_FIELD_NUMBER: _ClassVar[int]
     COLD_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     state: str
     grpc_address: str
@@ -94,7 +101,20 @@ class RouterStatus(_message.Message):
     cache: CacheStatus
     stores: _containers.RepeatedCompositeFieldContainer[StoreStatus]
     cold: ColdStatus
-    def __init__(self, router_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., state_slots_used: _Optional[int] = ..., state_slots_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., pid: _Optional[int] = ..., trunk_ops: _Optional[str] = ..., sessions_held: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., stores: _Optional[_Iterable[_Union[StoreStatus, _Mapping]]] = ..., cold: _Optional[_Union[ColdStatus, _Mapping]] = ...) -> None: ...
+    waiting_tokens: int
+    prefill_tokens_per_s: float
+    latency: LatencyStatus
+    def __init__(self, router_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., state_slots_used: _Optional[int] = ..., state_slots_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., pid: _Optional[int] = ..., trunk_ops: _Optional[str] = ..., sessions_held: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., stores: _Optional[_Iterable[_Union[StoreStatus, _Mapping]]] = ..., cold: _Optional[_Union[ColdStatus, _Mapping]] = ..., waiting_tokens: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., latency: _Optional[_Union[LatencyStatus, _Mapping]] = ...) -> None: ...
+
+class LatencyStatus(_message.Message):
+    __slots__ = ("bounds_s", "first_token", "between_tokens")
+    BOUNDS_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BETWEEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    bounds_s: _containers.RepeatedScalarFieldContainer[float]
+    first_token: _containers.RepeatedScalarFieldContainer[int]
+    between_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, bounds_s: _Optional[_Iterable[float]] = ..., first_token: _Optional[_Iterable[int]] = ..., between_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ColdStatus(_message.Message):
     __slots__ = ("spilled_blocks", "host_bytes", "sent_bytes", "read_blocks", "read_bytes")
@@ -257,3 +277,83 @@ class ApplyPlacementResponse(_message.Message):
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     placement_epoch: int
     def __init__(self, placement_epoch: _Optional[int] = ...) -> None: ...
+
+class ExplainAutoscaleRequest(_message.Message):
+    __slots__ = ("limit",)
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    limit: int
+    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+
+class ExplainAutoscaleResponse(_message.Message):
+    __slots__ = ("mode", "decisions")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    decisions: _containers.RepeatedCompositeFieldContainer[AutoscaleDecision]
+    def __init__(self, mode: _Optional[str] = ..., decisions: _Optional[_Iterable[_Union[AutoscaleDecision, _Mapping]]] = ...) -> None: ...
+
+class AutoscaleDecision(_message.Message):
+    __slots__ = ("unix_s", "routers", "groups", "load")
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    unix_s: float
+    routers: PoolDecision
+    groups: PoolDecision
+    load: AutoscaleLoad
+    def __init__(self, unix_s: _Optional[float] = ..., routers: _Optional[_Union[PoolDecision, _Mapping]] = ..., groups: _Optional[_Union[PoolDecision, _Mapping]] = ..., load: _Optional[_Union[AutoscaleLoad, _Mapping]] = ...) -> None: ...
+
+class PoolDecision(_message.Message):
+    __slots__ = ("count", "wanted", "ready", "reason", "signals")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SIGNALS_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    wanted: int
+    ready: int
+    reason: str
+    signals: _containers.RepeatedCompositeFieldContainer[AutoscaleSignal]
+    def __init__(self, count: _Optional[int] = ..., wanted: _Optional[int] = ..., ready: _Optional[int] = ..., reason: _Optional[str] = ..., signals: _Optional[_Iterable[_Union[AutoscaleSignal, _Mapping]]] = ...) -> None: ...
+
+class AutoscaleSignal(_message.Message):
+    __slots__ = ("name", "demand", "raises_to", "keeps", "text")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DEMAND_FIELD_NUMBER: _ClassVar[int]
+    RAISES_TO_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    demand: float
+    raises_to: int
+    keeps: int
+    text: str
+    def __init__(self, name: _Optional[str] = ..., demand: _Optional[float] = ..., raises_to: _Optional[int] = ..., keeps: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+
+class AutoscaleLoad(_message.Message):
+    __slots__ = ("prompt_tokens_per_s", "waiting_tokens", "prefill_tokens_per_s", "num_requests", "kv_usage", "state_slot_usage", "dispatch_share", "group_busy", "ttft_s", "itl_s", "batch_tokens")
+    PROMPT_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    KV_USAGE_FIELD_NUMBER: _ClassVar[int]
+    STATE_SLOT_USAGE_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_SHARE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_BUSY_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    ITL_S_FIELD_NUMBER: _ClassVar[int]
+    BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens_per_s: float
+    waiting_tokens: float
+    prefill_tokens_per_s: float
+    num_requests: float
+    kv_usage: float
+    state_slot_usage: float
+    dispatch_share: float
+    group_busy: float
+    ttft_s: float
+    itl_s: float
+    batch_tokens: float
+    def __init__(self, prompt_tokens_per_s: _Optional[float] = ..., waiting_tokens: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., num_requests: _Optional[float] = ..., kv_usage: _Optional[float] = ..., state_slot_usage: _Optional[float] = ..., dispatch_share: _Optional[float] = ..., group_busy: _Optional[float] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., batch_tokens: _Optional[float] = ...) -> None: ...

@@ -64,6 +64,11 @@ class ClusterServiceStub:
                 request_serializer=protos_dot_v1_dot_cluster__pb2.ApplyPlacementRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_cluster__pb2.ApplyPlacementResponse.FromString,
                 _registered_method=True)
+        self.ExplainAutoscale = channel.unary_unary(
+                '/expertmesh.v1.ClusterService/ExplainAutoscale',
+                request_serializer=protos_dot_v1_dot_cluster__pb2.ExplainAutoscaleRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_cluster__pb2.ExplainAutoscaleResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -107,6 +112,13 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainAutoscale(self, request, context):
+        """The last decisions on the number of members, and the numbers they rest on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -139,6 +151,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.ApplyPlacement,
                     request_deserializer=protos_dot_v1_dot_cluster__pb2.ApplyPlacementRequest.FromString,
                     response_serializer=protos_dot_v1_dot_cluster__pb2.ApplyPlacementResponse.SerializeToString,
+            ),
+            'ExplainAutoscale': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainAutoscale,
+                    request_deserializer=protos_dot_v1_dot_cluster__pb2.ExplainAutoscaleRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_cluster__pb2.ExplainAutoscaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -303,6 +320,33 @@ class ClusterService:
             '/expertmesh.v1.ClusterService/ApplyPlacement',
             protos_dot_v1_dot_cluster__pb2.ApplyPlacementRequest.SerializeToString,
             protos_dot_v1_dot_cluster__pb2.ApplyPlacementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainAutoscale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ClusterService/ExplainAutoscale',
+            protos_dot_v1_dot_cluster__pb2.ExplainAutoscaleRequest.SerializeToString,
+            protos_dot_v1_dot_cluster__pb2.ExplainAutoscaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -97,7 +97,7 @@ class LayerExperts(_message.Message):
     def __init__(self, layer_id: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GetStateResponse(_message.Message):
-    __slots__ = ("group_id", "state", "placement_epoch", "layers", "compute", "num_threads", "resident_bytes", "capacity_bytes", "num_calls", "num_rows", "num_pairs", "busy_s", "open_lanes", "open_streams", "host_id", "dtype")
+    __slots__ = ("group_id", "state", "placement_epoch", "layers", "compute", "num_threads", "resident_bytes", "capacity_bytes", "num_calls", "num_rows", "num_pairs", "busy_s", "open_lanes", "open_streams", "host_id", "dtype", "layer_pairs")
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,7 @@ class GetStateResponse(_message.Message):
     OPEN_STREAMS_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    LAYER_PAIRS_FIELD_NUMBER: _ClassVar[int]
     group_id: str
     state: str
     placement_epoch: int
@@ -130,7 +131,8 @@ class GetStateResponse(_message.Message):
     open_streams: int
     host_id: str
     dtype: str
-    def __init__(self, group_id: _Optional[str] = ..., state: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., compute: _Optional[str] = ..., num_threads: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., num_calls: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_pairs: _Optional[int] = ..., busy_s: _Optional[float] = ..., open_lanes: _Optional[int] = ..., open_streams: _Optional[int] = ..., host_id: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
+    layer_pairs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, group_id: _Optional[str] = ..., state: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., compute: _Optional[str] = ..., num_threads: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., num_calls: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_pairs: _Optional[int] = ..., busy_s: _Optional[float] = ..., open_lanes: _Optional[int] = ..., open_streams: _Optional[int] = ..., host_id: _Optional[str] = ..., dtype: _Optional[str] = ..., layer_pairs: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WatchLoadRequest(_message.Message):
     __slots__ = ("interval_s",)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from protos.errors import ConfigurationError
 from router.engine.chain import CACHE_BLOCK
+from router.engine.latencies import LatencyStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,3 +160,4 @@ class EngineStats:
     spilled_blocks: int = 0
     """Cache blocks that have left the pool."""
     reuse: ReuseStats = field(default_factory=ReuseStats)
+    latency: LatencyStats = field(default_factory=LatencyStats)

@@ -40,6 +40,7 @@ from router.engine.checks import check_request
 from router.engine.cold_store import ColdTier
 from router.engine.config import EngineConfig, EngineStats, ReuseStats
 from router.engine.inbox import Inbox
+from router.engine.latencies import Latencies
 from router.engine.model import Model
 from router.engine.outbox import Deliver, Outbox
 from router.engine.request import EngineRequest, FinishReason, Priority, Sink, StepOutput
@@ -118,6 +119,7 @@ class Engine:
         self._next_deadline = float("inf")
         self._prompt_tokens = self._generation_tokens = self._steps = 0
         self._step_s = 0.0
+        self._latencies = Latencies()
         self._thread: threading.Thread | None = None
 
     # What any thread may call.
@@ -237,6 +239,7 @@ class Engine:
             dispatch_s=float(getattr(self._model, "dispatch_s", 0.0)),
             num_cold_bytes=0 if self._spill is None else self._spill.num_cold_bytes,
             spilled_blocks=0 if self._spill is None else self._spill.num_spilled_blocks,
+            latency=self._latencies.stats(),
             reuse=ReuseStats()
             if self._reuse is None
             else self._reuse.stats(len(scheduler.probing) + len(scheduler.restoring)),
@@ -299,6 +302,7 @@ class Engine:
             self._steps += 1
             seconds = self._clock() - begin
             self._step_s += seconds
+            self._latencies.note_step(begin + seconds, num_decoding)
         self._outbox.hand_out()
         if chunks:
             self._scheduler.keep_prefilled(chunks)
@@ -467,6 +471,8 @@ class Engine:
                 self._fail(sequence, InternalError(detail, sequence.request_id), now)
                 continue
             self._generation_tokens += 1
+            if sequence.first_token_s == now and not is_decoding:
+                self._note_first(sequence, now)
             if reason is not None:
                 if reason is FinishReason.STOP and token_id in sequence.stop_ids:
                     output.stop_token_id = token_id
@@ -475,6 +481,10 @@ class Engine:
             add(sequence.sink, output)
             if not is_decoding:
                 scheduler.end_prefill(sequence)
+
+    def _note_first(self, sequence: Sequence, now: float) -> None:
+        if sequence.request.priority is not Priority.BATCH:
+            self._latencies.note_first(now - sequence.submitted_s)
 
     def _output(self, sequence: Sequence) -> StepOutput:
         return StepOutput(sequence.request_id, sequence.index, [])

@@ -51,11 +51,11 @@ class Histogram:
         self._total = 0.0
         self._lock = threading.Lock()
 
-    def add(self, value: float) -> None:
-        """Count a value."""
+    def add(self, value: float, times: int = 1) -> None:
+        """Count a value, once or more often."""
         with self._lock:
-            self._counts[bisect.bisect_left(self._bounds, value)] += 1
-            self._total += value
+            self._counts[bisect.bisect_left(self._bounds, value)] += times
+            self._total += value * times
 
     def distribution(self) -> Distribution:
         """Return what was counted so far."""

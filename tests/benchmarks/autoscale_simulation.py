@@ -171,8 +171,8 @@ def draw_trace(rng: random.Random) -> Trace:
         min_groups_by_memory=rng.choice((1, 1, 2, 3)),
         targets=Targets(ttft_s=rng.choice((None, None, 1.0)), itl_s=rng.choice((None, None, 0.1))),
         upscale_delay_s=rng.uniform(0, 20),
-        downscale_delay_s=rng.uniform(30, 120),
-        downscale_to_zero_delay_s=rng.uniform(60, 200),
+        downscale_delay_s=rng.uniform(10, 60),
+        downscale_to_zero_delay_s=rng.uniform(20, 100),
     )
     rate = 10 ** rng.uniform(2.5, 4.5)
     truth = Truth(
@@ -200,7 +200,7 @@ def draw_trace(rng: random.Random) -> Trace:
     for _ in range(rng.randint(2, 5)):
         levels += _segment(rng, capacity, rng.randint(10, 60), levels[-1] if levels else 0.0)
     last = rng.choice((0.0, rng.uniform(0.02, 0.5), rng.uniform(0.1, 1.2))) * capacity
-    settle_s = 4 * start_s + 8 * policy.downscale_delay_s + policy.downscale_to_zero_delay_s + 200
+    settle_s = 4 * start_s + 8 * policy.downscale_delay_s + policy.downscale_to_zero_delay_s + 100
     settle_s += 3 * answer_s * MAX_QUEUED / SLOTS
     constant_from = len(levels)
     levels += [last] * math.ceil(settle_s / interval_s)

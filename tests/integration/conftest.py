@@ -29,6 +29,7 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(checkpoint: Path) -> Iterator[Served]:
     """The checkpoint on two unequal groups and two routers."""
     flags = ("--expert-groups", "big:3,small:1", "--routers", "2", "--served-model-name", "tiny")
+    flags += ("--autoscale", "advise", "--max-expert-groups", "4")
     with Served(checkpoint, *flags) as service:
         yield service
 

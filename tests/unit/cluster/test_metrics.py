@@ -78,7 +78,11 @@ def test_every_line_is_well_formed_and_every_metric_has_a_type() -> None:
     typed = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     parts = {"_bucket", "_sum", "_count"}
     histograms = {name for name, kind in typed.items() if kind == "histogram"}
-    assert histograms == {"expertmesh_state_commit_seconds"}
+    assert histograms == {
+        "expertmesh_state_commit_seconds",
+        "expertmesh_time_to_first_token_seconds",
+        "expertmesh_inter_token_latency_seconds",
+    }
     shown = {name + part for name in histograms for part in parts} | typed.keys() - histograms
     assert shown == found.keys()
     assert all((kind == "counter") == name.endswith("_total") for name, kind in typed.items())

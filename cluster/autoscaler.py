@@ -1,0 +1,147 @@
+"""What `serve` does with the decisions of `cluster.autoscale_loop`: tells them to user and routers.
+
+Lives in the thread that may call Ray. Routers keep the decisions, so that any of them can explain
+(`expertmesh autoscale explain`), and a router that comes back gets all that are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cluster.autoscale import Decision, Policy
+from cluster.autoscale_log import DecisionLog, decision_message
+from cluster.autoscale_loop import AutoscaleLoop, Membership, policy_of
+from cluster.config import Config
+from cluster.security import load_security
+from cluster.status import ask_status
+from protos.errors import ConfigurationError
+from protos.v1 import cluster_pb2
+
+ASK_TIMEOUT_S = 4.0
+"""A router asks all members at once, and waits 2 s for the silent ones."""
+
+
+class Listener(Protocol):
+    """A router that keeps decisions."""
+
+    def call(self, method: str, mode: str, decisions: list[bytes]) -> object:
+        """Start `note_decisions`; nobody waits for it."""
+        ...
+
+
+def check_mode(config: Config) -> None:
+    """Refuse what cannot be done yet.
+
+    Raises:
+        ConfigurationError: `autoscale.mode` is `apply`.
+    """
+    if config.autoscale.mode == "apply":
+        raise ConfigurationError(
+            "autoscale.mode",
+            "must be off or advise: the number of groups and routers of a running service is fixed",
+            "apply",
+        )
+
+
+@dataclass(slots=True)
+class Autoscaler:
+    """Decides while the service runs, and passes the decisions on.
+
+    Args:
+        mode: As configured; never `off`.
+        loop: Decides.
+        progress: Takes a sentence for the user.
+        clock: Unix seconds.
+    """
+
+    mode: str
+    loop: AutoscaleLoop
+    progress: Callable[[str], None]
+    clock: Callable[[], float] = time.time
+    _log: DecisionLog = field(default_factory=DecisionLog)
+    _said: tuple[int, int] | None = None
+
+    @classmethod
+    def start(
+        cls,
+        config: Config,
+        membership: Callable[[], Membership],
+        expert_bytes: int,
+        progress: Callable[[str], None],
+    ) -> Autoscaler | None:
+        """Begin to decide; None where that is off.
+
+        Args:
+            config: Of the service.
+            membership: How many members there are to be; called in another thread.
+            expert_bytes: Of one copy of all experts.
+            progress: Takes a sentence for the user.
+        """
+        if config.autoscale.mode == "off":
+            return None
+        access = load_security(config).to_routers
+
+        def ask(address: str) -> cluster_pb2.ClusterStatus:
+            return ask_status(address, access, ASK_TIMEOUT_S)
+
+        loop = AutoscaleLoop(
+            config.autoscale,
+            policy_at_start(config, membership()),
+            membership,
+            ask,
+            expert_bytes=expert_bytes,
+        )
+        loop.start()
+        return cls(mode=config.autoscale.mode, loop=loop, progress=progress)
+
+    def tick(self, routers: Iterable[Listener]) -> None:
+        """Pass on what was decided since the last call. Nothing here waits."""
+        decisions = self.loop.take()
+        if not decisions:
+            return
+        now_s, last_s = self.clock(), decisions[-1].at_s
+        messages = [decision_message(d, now_s - (last_s - d.at_s)) for d in decisions]
+        self._log.add(self.mode, messages)
+        for decision in decisions:
+            self._say(decision)
+        parts = [message.SerializeToString() for message in messages]
+        for router in routers:
+            router.call("note_decisions", self.mode, parts)
+
+    def welcome(self, router: Listener) -> None:
+        """Tell a router that came back what was decided so far."""
+        kept = self._log.explain(0).decisions
+        router.call("note_decisions", self.mode, [d.SerializeToString() for d in kept])
+
+    def close(self) -> None:
+        """End the loop."""
+        self.loop.close()
+
+    def _say(self, decision: Decision) -> None:
+        """Tell the user of a change once, not every few seconds until somebody makes it."""
+        wanted = (decision.routers.wanted, decision.groups.wanted)
+        if decision.is_hold or wanted == self._said:
+            return
+        self._said = wanted
+        for what, pool in (("routers", decision.routers), ("expert groups", decision.groups)):
+            if pool.direction != "hold":
+                self.progress(
+                    f"autoscale advises {pool.wanted} {what} instead of {pool.count}: {pool.reason}"
+                )
+
+
+def policy_at_start(config: Config, membership: Membership) -> Policy:
+    """Return the policy of a service with these members.
+
+    Raises:
+        ConfigurationError: Bounds that exclude them.
+    """
+    return policy_of(
+        config.autoscale,
+        routers=len(membership.routers),
+        groups=membership.groups,
+        max_num_seqs=config.engine.max_num_seqs,
+    )
