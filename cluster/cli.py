@@ -395,6 +395,25 @@ def status(
 
 
 @app.command()
+def top(
+    url: Url = DEFAULT_URL,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key: ApiKey = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look twice, print once, and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a look a line.")] = False,
+) -> None:
+    """Watch routers and expert groups: queues, KV, tokens/s, latencies, load by layer."""
+    from cluster.top_screen import run_top
+
+    with errors_exit():
+        access = access_of(tls_ca, tls_cert, tls_key, api_key)
+        run_top(url, access, interval_s=interval, once=once, as_json=as_json)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check this machine: what is missing, and what to do about it."""
     from cluster.doctor import FAIL, examine_machine, print_checks
