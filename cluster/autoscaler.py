@@ -24,6 +24,10 @@ ASK_TIMEOUT_S = 4.0
 """A router asks all members at once, and waits 2 s for the silent ones."""
 
 
+Scale = Callable[[int | None, int | None], None]
+"""Takes the wanted numbers of expert groups and routers (None: no change); returns at once."""
+
+
 class Listener(Protocol):
     """A router that keeps decisions."""
 
@@ -60,6 +64,8 @@ class Autoscaler:
     mode: str
     loop: AutoscaleLoop
     progress: Callable[[str], None]
+    scale: Scale | None = None
+    """Makes it so; None: nobody does."""
     clock: Callable[[], float] = time.time
     _log: DecisionLog = field(default_factory=DecisionLog)
     _said: tuple[int, int] | None = None
@@ -107,6 +113,8 @@ class Autoscaler:
         self._log.add(self.mode, messages)
         for decision in decisions:
             self._say(decision)
+        if self.scale is not None:
+            self._apply(decisions[-1])
         parts = [message.SerializeToString() for message in messages]
         for router in routers:
             router.call("note_decisions", self.mode, parts)
@@ -120,16 +128,26 @@ class Autoscaler:
         """End the loop."""
         self.loop.close()
 
+    def _apply(self, decision: Decision) -> None:
+        """Have the numbers changed that are to change."""
+        groups, routers = decision.groups, decision.routers
+        if self.scale is not None and not decision.is_hold:
+            self.scale(
+                groups.wanted if groups.direction != "hold" else None,
+                routers.wanted if routers.direction != "hold" else None,
+            )
+
     def _say(self, decision: Decision) -> None:
         """Tell the user of a change once, not every few seconds until somebody makes it."""
         wanted = (decision.routers.wanted, decision.groups.wanted)
         if decision.is_hold or wanted == self._said:
             return
         self._said = wanted
+        verb = "advises" if self.scale is None else "wants"
         for what, pool in (("routers", decision.routers), ("expert groups", decision.groups)):
             if pool.direction != "hold":
                 self.progress(
-                    f"autoscale advises {pool.wanted} {what} instead of {pool.count}: {pool.reason}"
+                    f"autoscale {verb} {pool.wanted} {what} instead of {pool.count}: {pool.reason}"
                 )
 
 

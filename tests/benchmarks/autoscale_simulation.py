@@ -435,6 +435,7 @@ def main() -> None:
         "autoscale_simulation",
         {"traces": arguments.traces, "first_seed": arguments.seed},
         {
+            "is_met": not broken,
             "traces_with_violations": len(broken),
             "decisions": decisions,
             "changes": sum(found.changes for _, found in runs),

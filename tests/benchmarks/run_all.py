@@ -39,6 +39,7 @@ COMMANDS = {
     "parity_matrix": Command(quick=("--quick",), takes_checkpoint=False),
     "demo_parity": Command(quick=("--prompts", "16"), takes_checkpoint=False),
     "route_generate": Command(quick=("--prompts", "4")),
+    "autoscale_simulation": Command(quick=("--traces", "200"), takes_checkpoint=False),
     "kernels": Command(takes_checkpoint=False),
     "engine_overhead": Command(takes_checkpoint=False),
     "combine_modes": Command(takes_checkpoint=False),

@@ -181,3 +181,19 @@ def test_routers_learn_decisions_and_a_new_one_all_of_them() -> None:
         "autoscale advises 2 expert groups instead of 1: busy: busy 100% of the time,"
         " target 70%; for 2 s"
     ], "once, although nobody followed"
+
+
+def test_what_is_wanted_is_made_so_where_somebody_can() -> None:
+    service, said, scaled = Service(), list[str](), list[tuple[int | None, int | None]]()
+    autoscaler = Autoscaler(
+        mode="apply",
+        loop=service.loop(),
+        progress=said.append,
+        scale=lambda groups, routers: scaled.append((groups, routers)),
+    )
+    for number in range(3):
+        service.now_s = 2.0 * number
+        autoscaler.loop._decisions.put(autoscaler.loop.decide_once())
+        autoscaler.tick([])
+    assert scaled == [(2, None)], "the routers stay as many as they are"
+    assert said[0].startswith("autoscale wants 2 expert groups instead of 1: busy")
