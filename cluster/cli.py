@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cluster.cli_autoscale import autoscale_app
+from cluster.cli_batch import batch_app
 from cluster.cli_options import DEFAULT_URL, ApiKey, AsJson, TlsCa, TlsCert, TlsKey, Url, access_of
 from cluster.cli_service import service_app
 from cluster.cli_sessions import sessions_app
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show, check and describe the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(batch_app, name="batch")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(autoscale_app, name="autoscale")
 app.add_typer(service_app, name="service")

@@ -131,9 +131,16 @@ class AsyncClient:
     ) -> list[int]:
         """Return the token ids of a text or chat, as `generate` would make them."""
         request = build_tokenize(prompt, add_special_tokens)
-        return list(
-            (await self._unary(lambda router: router.generation.Tokenize, request)).token_ids
+        return list((await self.tokenize_message(request)).token_ids)
+
+    async def tokenize_message(
+        self, request: generation_pb2.TokenizeRequest
+    ) -> generation_pb2.TokenizeResponse:
+        """Return the answer to a message of `tokenize`."""
+        answer: generation_pb2.TokenizeResponse = await self._unary(
+            lambda router: router.generation.Tokenize, request
         )
+        return answer
 
     async def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True

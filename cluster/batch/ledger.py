@@ -5,6 +5,7 @@
     OUT/_batch/job.json             what the batch is (`identity`), written before the first part
     OUT/_batch/done/00000012.json   counts of part 12; rebuilt from the part where it is missing
     OUT/_batch/tries/00000012-ab12  one for each time that part 12 was begun
+    OUT/_batch/cancelled            asks a running batch to stop; the next run removes it
 
 A part's file is the commit. Its name depends on the part alone, so a part that was asked twice (two
 drivers, a client that was taken for dead) is still there once.
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 JOB = "_batch/job.json"
 DONE = "_batch/done"
 TRIES = "_batch/tries"
+CANCELLED = "_batch/cancelled"
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("custom_id", "text", "finish_reason")),
@@ -76,6 +78,11 @@ class Ledger:
         self.place = place
         self._kind = kind
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder is the output of a batch."""
+        return self.place.read(JOB) is not None
+
     def begun_with(self) -> dict[str, Any] | None:
         """Return what `begin` wrote; None: nothing was begun here.
 
@@ -91,6 +98,20 @@ class Ledger:
         """Note what the batch is, before its first part."""
         self.place.write_json(JOB, dict(job))
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was asked since the last run began."""
+        return self.place.read(CANCELLED) is not None
+
+    def cancel(self) -> None:
+        """Ask the run to stop after the next part."""
+        self.place.write(CANCELLED, b"")
+
+    def go_on(self) -> None:
+        """Take a `cancel` back."""
+        if self.is_cancelled:
+            self.place.filesystem.delete_file(self.place.child(CANCELLED))
+
     def done(self) -> dict[int, DonePart]:
         """Return the committed parts by number; deletes what crashed writers left."""
         for folder in ("", DONE, TRIES):
@@ -101,11 +122,19 @@ class Ledger:
             if not file.startswith("part-"):
                 continue
             number = int(file.split("-")[1].split(".")[0])
-            if f"{number:08d}.json" in noted:
-                found[number] = DonePart.of(self.place.read_json(f"{DONE}/{number:08d}.json"))
-            else:
-                found[number] = self._note(number, self._recount(file))
+            part = self.noted(number) if f"{number:08d}.json" in noted else None
+            found[number] = part or self._note(number, self._recount(file))
         return found
+
+    def noted_parts(self) -> list[DonePart]:
+        """Return the parts that are noted as committed; changes nothing."""
+        numbers = [int(name.removesuffix(".json")) for name in self.place.names(DONE)]
+        return [part for number in numbers if (part := self.noted(number)) is not None]
+
+    def noted(self, number: int) -> DonePart | None:
+        """Return a committed part; None: it is not committed, or its writer died just then."""
+        document = self.place.read_json(f"{DONE}/{number:08d}.json")
+        return None if document is None else DonePart.of(document)
 
     def try_part(self, number: int) -> None:
         """Note that a part is begun."""

@@ -100,6 +100,13 @@ class Place:
             if found.type == fs.FileType.File and not found.base_name.startswith(TEMPORARY):
                 yield found.base_name
 
+    def folders(self) -> Iterator[str]:
+        """Yield the names of the folders in this one, sorted."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        for found in sorted(self.filesystem.get_file_info(selector), key=lambda f: f.base_name):
+            if found.type == fs.FileType.Directory:
+                yield found.base_name
+
     def delete_temporary(self, folder: str = "") -> None:
         """Delete what crashed writers left in a folder."""
         selector = fs.FileSelector(

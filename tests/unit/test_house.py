@@ -26,7 +26,7 @@ FORBIDDEN = {
     "router/state": {"grpc", "grpc_status"},
     "cluster": {"transformers"},
 }
-ONLY_SEAM_TO_RAY = {"cluster/ray_api.py", "cluster/actors.py"}
+ONLY_SEAM_TO_RAY = {"cluster/ray_api.py", "cluster/ray_data.py", "cluster/actors.py"}
 UNPICKLING = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 
 

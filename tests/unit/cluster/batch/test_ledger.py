@@ -14,6 +14,7 @@ from cluster.batch.ledger import DONE, JOB, Ledger
 from cluster.batch.outcomes import Counts, Outcome, refused
 from cluster.batch.rows import RowDefaults
 from cluster.batch.source import Format
+from cluster.batch.status import folder_status, list_folders
 from cluster.batch.storage import TEMPORARY, Place
 from protos.errors import BatchChangedError, ConfigurationError, InvalidFieldError
 from protos.v1 import generation_pb2
@@ -120,3 +121,26 @@ def test_going_on_with_something_else_is_refused_by_name() -> None:
     names = [text.split(":")[0] for text in caught.value.fields["changed"]]  # type: ignore[union-attr]
     assert names == ["input.digest", "model.weights", "sampling.defaults"]
     assert 'model.weights: begun with "w1", now "w2"' in caught.value.message
+
+
+def test_folders_tell_the_state_of_their_batches(tmp_path: Path) -> None:
+    job = {**JOB_DOCUMENT, "identity": {"input.rows": 4}, "num_parts": 2}
+    for name in ("a", "b", "c"):
+        own = ledger(tmp_path / name)
+        own.begin(job)
+        own.try_part(0)
+        own.commit(0, [GOOD, BAD])
+    ledger(tmp_path / "b").cancel()
+    own.finish(job | {"config_hash": "c"}, list(own.done().values()))
+    (tmp_path / "other").mkdir()
+    found = list_folders(f"file://{tmp_path}")
+    assert [(one["output"][-1], one["state"]) for one in found] == [
+        ("a", "in_progress"),
+        ("b", "cancelled"),
+        ("c", "completed"),
+    ]
+    assert (found[0]["rows"], found[0]["failed"], found[0]["total"]) == (2, 1, 4)
+    ledger(tmp_path / "b").go_on()
+    assert folder_status(str(tmp_path / "b"))["state"] == "in_progress"
+    with pytest.raises(ConfigurationError, match="output must be the output folder of a batch"):
+        folder_status(str(tmp_path / "other"))
