@@ -37,8 +37,8 @@ SHELF_BLOCKS = 32
 class ColdTier(Protocol):
     """Where cold cache blocks go that have no room in memory. Bounded waits; any thread."""
 
-    def put(self, key: bytes, parent: bytes, values: Bytes) -> Any:
-        """Store one cache block `[layers, bytes]`, or find it stored.
+    def put(self, key: bytes, parent: bytes, values: Bytes, *, num_tokens: int) -> Any:
+        """Store one cache block `[layers, bytes]` that ends at `num_tokens`, or find it stored.
 
         Returns:
             What `read` wants to find and verify it; None where it is not stored for certain.
@@ -53,7 +53,7 @@ class ColdTier(Protocol):
         """
         ...
 
-    def adopt(self, key: bytes, values: Bytes) -> Any:
+    def adopt(self, key: bytes, values: Bytes, *, num_tokens: int) -> Any:
         """Return what `read` wants for a cache block `[layers, bytes]` that lies in the tier.
 
         It was read from there a moment ago and verified; nothing is sent. Any number of threads.
@@ -173,7 +173,9 @@ class ColdSequence:
             self.place(index, key, values)
         else:
             assert store.tier is not None, "a shelf is in memory or in the tier"
-            handle = store.tier.put(key, parent, self._parts(values))
+            handle = store.tier.put(
+                key, parent, self._parts(values), num_tokens=(index + 1) * CACHE_BLOCK
+            )
             if handle is None:
                 raise ColdKvError("the cold tier did not take a cache block")
             shelf.handles[index % SHELF_BLOCKS] = handle
@@ -200,7 +202,8 @@ class ColdSequence:
             shelf.values[:, place] = parts
         else:
             assert self._store.tier is not None, "a shelf is in memory or in the tier"
-            shelf.handles[place] = self._store.tier.adopt(key, parts)
+            num_tokens = (index + 1) * CACHE_BLOCK
+            shelf.handles[place] = self._store.tier.adopt(key, parts, num_tokens=num_tokens)
 
     def settle(self, num_blocks: int) -> None:
         """Say how many cache blocks are in place; shelves reserved for more are given back."""

@@ -394,6 +394,7 @@ class Reuse:
 
         if self._tier.put_snapshot(key, snapshot, self._ttl_class(sequence, num_tokens), stored):
             use.uploaded = num_tokens
+            self._tier.touch(use.chain, num_tokens, max(sequence.request.junctions, default=0))
         else:
             self._skipped_writes += 1
 

@@ -247,6 +247,19 @@ class Tier(Protocol):
         """
         ...
 
+    def touch(self, chain: HashChain, num_tokens: int, num_shared: int) -> None:
+        """Let the cache blocks of a prefix that was used live on, the head longer than the tail.
+
+        What a router has in its pool it does not read: else the head of a long conversation, which
+        was written first and which all of it stands on, would expire first.
+
+        Args:
+            chain: Of at least `num_tokens` tokens.
+            num_tokens: The prefix.
+            num_shared: Tokens of it that are of class `SHARED`.
+        """
+        ...
+
     def note_prefill(self, num_tokens: int, context: int, seconds: float) -> None:
         """Learn how long a prefill took: `num_tokens` behind `context` cached ones."""
         ...

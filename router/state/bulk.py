@@ -142,18 +142,20 @@ class Bulk:
         """
         self._send([_command(b"EXPIRE", key, b"%d" % ttl_s, b"GT") + _command(b"GET", key)])
 
-    def send_get_ranges(self, keys: Sequence[bytes], start: int, nbytes: int, ttl_s: int) -> None:
+    def send_get_ranges(
+        self, keys: Sequence[bytes], start: int, nbytes: int, ttl_s: Sequence[int]
+    ) -> None:
         """Ask for `nbytes` bytes of each value, from byte `start` on; `receive` takes each.
 
         The answers of all are on their way at once: the keys are short, so the server never waits
         for this side to read while this side still sends.
         """
         first, last = b"%d" % start, b"%d" % (start + nbytes - 1)
-        expire = b"%d" % ttl_s
         self._send(
             [
-                _command(b"EXPIRE", key, expire, b"GT") + _command(b"GETRANGE", key, first, last)
-                for key in keys
+                _command(b"EXPIRE", key, b"%d" % ttl, b"GT")
+                + _command(b"GETRANGE", key, first, last)
+                for key, ttl in zip(keys, ttl_s, strict=True)
             ]
         )
 

@@ -17,9 +17,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from router.engine.tier import TtlClass
 from router.state.bulk import BulkError
 from router.state.codec import HEADER_BYTES, block_label
-from router.state.kv_store import SESSION_HEAD_TTL_S, KvStore
+from router.state.kv_store import KvStore, block_ttl_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +31,6 @@ class ColdSettings:
     """To store a cache block; a spilling step waits for it."""
     read_s: float = 5.0
     """To read one layer's part of a few dozen cache blocks."""
-    ttl_s: int = SESSION_HEAD_TTL_S
-    """Seconds that a cold value lives after its last use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,8 @@ class ColdValue:
     """The server's key."""
     sums: tuple[int, ...]
     """xxh3_64 of every layer's part."""
+    ttl_s: int
+    """Seconds that it lives after its last use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,35 +82,39 @@ class BlobCold:
             read_bytes=self._read_bytes,
         )
 
-    def put(self, key: bytes, parent: bytes, values: NDArray[np.uint8]) -> ColdValue | None:
+    def put(
+        self, key: bytes, parent: bytes, values: NDArray[np.uint8], *, num_tokens: int
+    ) -> ColdValue | None:
         """See `ColdTier.put`."""
         store_key = self._store.block_key(key)
         deadline = time.monotonic() + self.settings.put_s
         label = block_label(key, parent, values.nbytes)
         payload = memoryview(values.reshape(-1).data)
-        ttl_s = self.settings.ttl_s
+        ttl_s = block_ttl_s(TtlClass.SESSION, num_tokens)
         known = None
         if not self._store.is_damaged(store_key):
             known = self._writing.header(store_key, ttl_s=ttl_s, deadline=deadline)
         if known == label.header([payload]):
-            return self.adopt(key, values)
+            return self.adopt(key, values, num_tokens=num_tokens)
         if known is not None:
             # Computed elsewhere, rounded otherwise, and perhaps being read: that one counts.
             stored = np.empty_like(values)
             into = memoryview(stored.reshape(-1).data)
             found = self._writing.get([store_key], [label], [into], ttl_s=ttl_s, deadline=deadline)
             if found == [None]:
-                return self.adopt(key, stored)
+                return self.adopt(key, stored, num_tokens=num_tokens)
         status = self._writing.put(store_key, label, [payload], ttl_s=ttl_s, deadline=deadline)
         if status != "OK":
             return None
         self._sent_bytes += values.nbytes
         self._store.trust(store_key)
-        return self.adopt(key, values)
+        return self.adopt(key, values, num_tokens=num_tokens)
 
-    def adopt(self, key: bytes, values: NDArray[np.uint8]) -> ColdValue:
+    def adopt(self, key: bytes, values: NDArray[np.uint8], *, num_tokens: int) -> ColdValue:
         """See `ColdTier.adopt`."""
-        return ColdValue(self._store.block_key(key), tuple(_sum_of(part) for part in values))
+        ttl_s = block_ttl_s(TtlClass.SESSION, num_tokens)
+        sums = tuple(_sum_of(part) for part in values)
+        return ColdValue(self._store.block_key(key), sums, ttl_s)
 
     def read(self, handles: Sequence[ColdValue], layer: int, out: NDArray[np.uint8]) -> bool:
         """See `ColdTier.read`."""
@@ -123,10 +128,11 @@ class BlobCold:
             if not link.allow():
                 return False
             keys = [handles[index].key for index in indices]
+            ttl_s = [handles[index].ttl_s for index in indices]
             try:
                 with link.answering() as bulk:
                     bulk.bound(deadline)
-                    bulk.send_get_ranges(keys, start, out.shape[1], self.settings.ttl_s)
+                    bulk.send_get_ranges(keys, start, out.shape[1], ttl_s)
                     lengths = [bulk.receive([memoryview(out[index].data)]) for index in indices]
             except BulkError:
                 return False

@@ -11,12 +11,14 @@ Words: a *link* is one thread's connection to one server, *links* those to all s
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
 
 import xxhash
 
+from router.engine.chain import CACHE_BLOCK
 from router.engine.tier import TtlClass
 from router.state import redis_keys
 from router.state.breaker import BreakerSettings, CircuitBreaker
@@ -37,6 +39,7 @@ SHARED_TTL_S = 24 * _HOUR_S
 SESSION_HEAD_TTL_S = 6 * _HOUR_S
 SESSION_TAIL_TTL_S = 2 * _HOUR_S
 SESSION_TAIL_TOKENS = 1 << 20
+_LOG_TAIL = math.log1p(SESSION_TAIL_TOKENS / CACHE_BLOCK)
 _MAX_DAMAGED = 4096
 """Keys remembered; a server that damages more has other troubles."""
 
@@ -45,17 +48,21 @@ def block_ttl_s(ttl_class: TtlClass, num_tokens: int) -> int:
     """Return how long a cache block lives that ends at `num_tokens`.
 
     Servers evict what expires first, so the time is also the rank: a session's tail goes before its
-    head, and both go before what sessions share.
+    head, and both go before what sessions share. Half of it falls with the logarithm: in a short
+    session, too, a block then outlives the next one by more than what it takes to compute it. The
+    other half falls evenly, so that a block of a long one still has a second more than the next.
     """
     if ttl_class is not TtlClass.SESSION:
         return SHARED_TTL_S
     part = min(1.0, num_tokens / SESSION_TAIL_TOKENS)
-    return round(SESSION_HEAD_TTL_S - part * (SESSION_HEAD_TTL_S - SESSION_TAIL_TTL_S))
+    part += min(1.0, math.log1p(num_tokens / CACHE_BLOCK) / _LOG_TAIL)
+    return round(SESSION_HEAD_TTL_S - part / 2 * (SESSION_HEAD_TTL_S - SESSION_TAIL_TTL_S))
 
 
-def snapshot_ttl_s(ttl_class: TtlClass) -> int:
-    """Return how long a snapshot lives: no shorter than any block before it."""
-    return block_ttl_s(ttl_class, 0)
+def snapshot_ttl_s(ttl_class: TtlClass, num_tokens: int) -> int:
+    """Return how long the snapshot at `num_tokens` lives: as long as the last cache block before
+    it. Without that it is of no use, and it is larger."""
+    return block_ttl_s(ttl_class, num_tokens - num_tokens % CACHE_BLOCK)
 
 
 class KvStore:
@@ -232,6 +239,23 @@ class Links:
             for position, answer in zip(batch, answers, strict=True):
                 found[position] = answer
 
+    def touch(self, keys: Sequence[bytes], ttl_s: Sequence[int], deadline: float) -> None:
+        """Let values live at least `ttl_s` more seconds each, those that are there; the last key
+        first, so that of two with the same time the first outlives the second."""
+        for server, positions in self._by_server(keys).items():
+            link = self._links[server]
+            last_first = positions[::-1]
+            for start in range(0, len(last_first), EXISTS_BATCH // 2):
+                batch = last_first[start : start + EXISTS_BATCH // 2]
+                if not link.allow():
+                    break
+                try:
+                    with link.answering() as bulk:
+                        bulk.bound(deadline)
+                        bulk.touch([keys[i] for i in batch], [ttl_s[i] for i in batch])
+                except BulkError:
+                    break
+
     def get(
         self,
         keys: Sequence[bytes],
@@ -281,7 +305,7 @@ class Links:
         try:
             with link.answering() as bulk:
                 bulk.bound(deadline)
-                bulk.send_get_ranges([key], 0, HEADER_BYTES, ttl_s)
+                bulk.send_get_ranges([key], 0, HEADER_BYTES, [ttl_s])
                 length = bulk.receive([memoryview(header)])
         except BulkError:
             return None

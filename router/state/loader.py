@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from router.engine.chain import CACHE_BLOCK
-from router.engine.tier import LoadJob, LoadResult
+from router.engine.tier import LoadJob, LoadResult, TtlClass
 from router.state.bulk import BulkCancelledError, BulkError, BulkLateError
 from router.state.codec import HEADER_BYTES, Fault, SnapshotStream
 from router.state.cost import CostModel
 from router.state.counters import Counters
-from router.state.kv_store import SESSION_HEAD_TTL_S, KvStore, Link, fault_of
+from router.state.kv_store import KvStore, Link, block_ttl_s, fault_of, snapshot_ttl_s
 from router.state.restore import Item, RestorePlan, ValueSizes
 
 logger = logging.getLogger(__name__)
@@ -278,7 +278,7 @@ class Loader:
                         under_way.append(next_item)
                         with link.sending() as bulk:
                             bulk.bound(load.bound_s, load.stop)
-                            bulk.send_get(next_item.key, SESSION_HEAD_TTL_S)
+                            bulk.send_get(next_item.key, _ttl_s(next_item))
                     next_item = plan.take(server) if len(under_way) < _DEPTH else None
                 if under_way:
                     self._receive(link, load, under_way[0], value)
@@ -398,3 +398,11 @@ class Loader:
         return LoadResult(
             num_tokens=num_tokens, num_bytes=load.num_bytes, seconds=seconds, error=error
         )
+
+
+def _ttl_s(item: Item) -> int:
+    """Return how long a value that was read lives on: what its place in the prefix says, else a
+    session that was read once would lose its head as soon as its tail."""
+    if item.stream is not None:
+        return snapshot_ttl_s(TtlClass.SESSION, item.stream.num_tokens)
+    return block_ttl_s(TtlClass.SESSION, (item.index + 1) * CACHE_BLOCK)

@@ -2,11 +2,13 @@
 
 Decides what of a sequence is restorable and whether it is worth it; the loader and the writer do
 the rest. One thread probes: it asks for the blocks, then for snapshots at positions up to which
-there is no hole, then for what else belongs to the best of those.
+there is no hole, then for what else belongs to the best of those. It also lets live on what was
+used without having been read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -15,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from router.engine.chain import CACHE_BLOCK
+from router.engine.chain import CACHE_BLOCK, HashChain
 from router.engine.tier import (
     LoadJob,
     LoadResult,
@@ -78,7 +80,7 @@ class BlobTier:
         self._writer = Writer(
             store, self._counters, stored, lambda: self._loader.num_loads > 0, self.settings.writer
         )
-        self._probes: queue.Queue[tuple[Probe, Callable[[ProbeResult], None], float] | None]
+        self._probes: queue.Queue[Callable[[Links], None] | None]
         self._probes = queue.Queue(self.settings.max_probes)
         self._candidates_of: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
         """Longest candidate's position hash -> the shorter ones that its probe found."""
@@ -99,7 +101,8 @@ class BlobTier:
         try:
             if self._is_closed.is_set():
                 raise queue.Full
-            self._probes.put_nowait((query, done, time.monotonic()))
+            asked_s = time.monotonic()
+            self._probes.put_nowait(lambda links: self._probed(links, query, done, asked_s))
         except queue.Full:
             reason = "closed" if self._is_closed.is_set() else "busy"
             self._counters.add(f"probes_{reason}")
@@ -140,7 +143,16 @@ class BlobTier:
             tail_bytes=snapshot.num_bytes - snapshot.state_bytes,
         )
         values = memoryview(snapshot.values.data).cast("B")
-        return self._writer.put_snapshot(stream, values, snapshot_ttl_s(ttl_class), stored)
+        ttl_s = snapshot_ttl_s(ttl_class, snapshot.num_tokens)
+        return self._writer.put_snapshot(stream, values, ttl_s, stored)
+
+    def touch(self, chain: HashChain, num_tokens: int, num_shared: int) -> None:
+        """See `Tier.touch`."""
+        if not self._is_closed.is_set():
+            with contextlib.suppress(queue.Full):
+                self._probes.put_nowait(
+                    lambda links: self._touched(links, chain, num_tokens, num_shared)
+                )
 
     def note_prefill(self, num_tokens: int, context: int, seconds: float) -> None:
         """See `Tier.note_prefill`."""
@@ -200,23 +212,39 @@ class BlobTier:
 
     def _run(self) -> None:
         links = self._store.links()
-        while (entry := self._probes.get()) is not None:
-            query, done, asked_s = entry
-            try:
-                result = self._answer(links, query, asked_s)
-            except Exception:
-                logger.exception("event=blob_probe_failed")
-                links.close()
-                result = _nothing("error")
-            self._counters.add("probes")
-            self._counters.add("restore_seconds_probe", time.monotonic() - asked_s)
-            outcome = f"decision_{result.decision}" if result.num_tokens else result.reason
-            self._counters.add(f"probes_{outcome}")
-            try:
-                done(result)
-            except Exception:
-                logger.exception("event=blob_probe_callback_failed")
+        while (call := self._probes.get()) is not None:
+            call(links)
         links.close()
+
+    def _touched(self, links: Links, chain: HashChain, num_tokens: int, num_shared: int) -> None:
+        keys, ttl_s = [], []
+        for index in range(num_tokens // CACHE_BLOCK):
+            stop = (index + 1) * CACHE_BLOCK
+            ttl_class = TtlClass.SHARED if stop <= num_shared else TtlClass.SESSION
+            keys.append(self._store.block_key(chain.block_hash(index)))
+            ttl_s.append(block_ttl_s(ttl_class, stop))
+        settings = self.settings
+        deadline = time.monotonic() + settings.probe_s + settings.probe_key_s * 2 * len(keys)
+        links.touch(keys, ttl_s, deadline)
+        self._counters.add("touched_blocks", len(keys))
+
+    def _probed(
+        self, links: Links, query: Probe, done: Callable[[ProbeResult], None], asked_s: float
+    ) -> None:
+        try:
+            result = self._answer(links, query, asked_s)
+        except Exception:
+            logger.exception("event=blob_probe_failed")
+            links.close()
+            result = _nothing("error")
+        self._counters.add("probes")
+        self._counters.add("restore_seconds_probe", time.monotonic() - asked_s)
+        outcome = f"decision_{result.decision}" if result.num_tokens else result.reason
+        self._counters.add(f"probes_{outcome}")
+        try:
+            done(result)
+        except Exception:
+            logger.exception("event=blob_probe_callback_failed")
 
     def _answer(self, links: Links, query: Probe, asked_s: float) -> ProbeResult:
         """Find the candidates, and choose."""

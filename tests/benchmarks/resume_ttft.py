@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from router.engine.chain import HashChain
 from router.engine.config import EngineConfig
 from router.engine.engine import Engine
 from router.engine.request import (
@@ -110,6 +111,10 @@ class ForcedTier:
     ) -> bool:
         """Take nothing."""
         return False
+
+    def touch(self, chain: HashChain, num_tokens: int, num_shared: int) -> None:
+        """See `Tier.touch`."""
+        self._tier.touch(chain, num_tokens, num_shared)
 
     def note_prefill(self, num_tokens: int, context: int, seconds: float) -> None:
         """See `Tier.note_prefill`."""

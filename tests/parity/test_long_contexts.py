@@ -45,13 +45,13 @@ class MemoryColdTier:
         """How many calls succeed before all fail."""
         self.num_reads = 0
 
-    def put(self, key: bytes, parent: bytes, values: Bytes) -> int | None:
+    def put(self, key: bytes, parent: bytes, values: Bytes, *, num_tokens: int) -> int | None:
         assert len(key) == len(parent) == 32
         self.takes -= 1
         self.values.append(values.copy())
         return len(self.values) - 1 if self.takes >= 0 else None
 
-    def adopt(self, key: bytes, values: Bytes) -> int:
+    def adopt(self, key: bytes, values: Bytes, *, num_tokens: int) -> int:
         self.values.append(values.copy())
         return len(self.values) - 1
 

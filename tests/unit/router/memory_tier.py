@@ -33,6 +33,7 @@ class MemoryTier:
         self.classes: dict[bytes, TtlClass] = {}
         self.prefills: list[tuple[int, int, float]] = []
         self.probes: list[Probe] = []
+        self.touched: list[tuple[bytes, int, int]] = []
         self.loads: list[LoadJob] = []
         self.results: list[LoadResult] = []
         self.decision = "load"
@@ -148,6 +149,9 @@ class MemoryTier:
 
         self._writes.append(write)
         return True
+
+    def touch(self, chain: HashChain, num_tokens: int, num_shared: int) -> None:
+        self.touched.append((chain.position_hash(num_tokens), num_tokens, num_shared))
 
     def note_prefill(self, num_tokens: int, context: int, seconds: float) -> None:
         self.prefills.append((num_tokens, context, seconds))

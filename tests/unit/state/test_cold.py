@@ -46,7 +46,7 @@ def name(index: int) -> bytes:
 
 
 def put_all(cold: BlobCold, count: int) -> list[object]:
-    handles = [cold.put(name(i + 1), name(i), block(i)) for i in range(count)]
+    handles = [cold.put(name(i + 1), name(i), block(i), num_tokens=128) for i in range(count)]
     assert None not in handles
     return handles
 
@@ -94,7 +94,7 @@ def test_a_block_that_another_router_rounded_otherwise_is_read_as_it_is_stored(
     (handle,) = put_all(cold, 1)
     rounded = block(0)
     rounded[1, 17] ^= 1
-    other = cold.put(name(1), name(0), rounded)
+    other = cold.put(name(1), name(0), rounded, num_tokens=128)
     assert other == handle
     out = np.empty((1, LAYER_BYTES), np.uint8)
     assert cold.read([other], 1, out)  # type: ignore[list-item]
@@ -108,7 +108,7 @@ def test_a_damaged_block_is_written_again(cold: BlobCold, servers: list[BlobServ
         server = next(s for s in servers if s.command(b"EXISTS", handle.key) == b":1")  # type: ignore[attr-defined]
         server.command(b"SETRANGE", handle.key, b"%d" % offset, b"????")  # type: ignore[attr-defined]
         assert cold.read([handle], 0, out) == (offset == 30)  # type: ignore[list-item]
-        assert cold.put(name(1), name(0), block(0)) == handle
+        assert cold.put(name(1), name(0), block(0), num_tokens=128) == handle
         assert cold.read([handle], 0, out)  # type: ignore[list-item]
         assert np.array_equal(out[0], block(0)[0])
 
@@ -147,7 +147,7 @@ def test_a_dead_or_frozen_server_is_a_miss_within_its_bound(
     servers[0].thaw()
     servers[1].kill()
     assert not cold.read(handles, 0, out)  # type: ignore[arg-type]
-    puts = [cold.put(name(i + 101), name(i + 100), block(i)) for i in range(16)]
+    puts = [cold.put(name(i + 101), name(i + 100), block(i), num_tokens=128) for i in range(16)]
     assert None in puts  # those of the dead server
     assert any(puts)
 
@@ -156,7 +156,7 @@ def test_a_full_server_takes_nothing(tmp_path: Path) -> None:
     with blob_server("redis", tmp_path, "--maxmemory", "1kb") as server:
         store = KvStore([server.endpoint], NAMESPACE, breaker=BreakerSettings())
         cold = BlobCold(store)
-        assert cold.put(name(1), name(0), block(0)) is None
+        assert cold.put(name(1), name(0), block(0), num_tokens=128) is None
         cold.close()
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,14 @@ def test_what_matters_more_lives_longer() -> None:
     assert hours == sorted(hours, reverse=True)
     assert hours[0] > hours[1], "each block counts"
     assert block_ttl_s(TtlClass.SHARED, 1 << 20) == 24 * 3600
+    every = [block_ttl_s(TtlClass.SESSION, 128 * n) for n in range(1, 8193)]
+    assert all(before >= after for before, after in pairwise(every))
+    assert all(before > after for before, after in zip(every, every[2:], strict=False))
+    assert every[0] - every[155] > 3600, "20K tokens: more than a turn takes"
     for ttl_class in TtlClass:
-        assert snapshot_ttl_s(ttl_class) >= block_ttl_s(ttl_class, 0)
+        for num_tokens in (5, 128, 300, 1 << 20):
+            last = block_ttl_s(ttl_class, num_tokens // 128 * 128)
+            assert snapshot_ttl_s(ttl_class, num_tokens) == last
 
 
 @pytest.fixture(params=KINDS)
