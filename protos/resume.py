@@ -24,6 +24,7 @@ class Received:
         self._has_own_id = bool(request.request_id)
         self._sequence = request.resume_from
         self._token_ids = list(request.resume_tokens.ids)
+        self._prompt_digest = request.resume_prompt_digest
         self._prompt_done = 0
         output = self._request.output
         self._shows_ids = not output.HasField("return_token_ids") or output.return_token_ids
@@ -49,6 +50,7 @@ class Received:
                 request.request_id = new_request_id()  # the one before may still run
             return request
         request.resume_from = self._sequence
+        request.resume_prompt_digest = self._prompt_digest
         request.ClearField("resume_tokens")
         if not request.session_id or len(self._token_ids) == self._sequence - 1:
             request.resume_tokens.ids.extend(self._token_ids)
@@ -66,6 +68,7 @@ class Received:
         self._token_ids += message.token_ids
         if message.HasField("accepted"):
             self._request.sampling.seed = message.accepted.seed
+            self._prompt_digest = message.accepted.prompt_digest
         if message.HasField("prefill"):
             if message.prefill.tokens_done <= self._prompt_done:
                 message.ClearField("prefill")

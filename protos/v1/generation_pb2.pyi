@@ -114,7 +114,7 @@ class OutputOptions(_message.Message):
     def __init__(self, top_logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., return_token_ids: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "tokens", "chat", "sampling", "stopping", "output", "session_id", "resume_from", "resume_tokens", "priority")
+    __slots__ = ("request_id", "model", "text", "tokens", "chat", "sampling", "stopping", "output", "session_id", "resume_from", "resume_tokens", "priority", "resume_prompt_digest")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,7 @@ class GenerateRequest(_message.Message):
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    RESUME_PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -139,7 +140,8 @@ class GenerateRequest(_message.Message):
     resume_from: int
     resume_tokens: TokenIds
     priority: Priority
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., session_id: _Optional[str] = ..., resume_from: _Optional[int] = ..., resume_tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    resume_prompt_digest: bytes
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., session_id: _Optional[str] = ..., resume_from: _Optional[int] = ..., resume_tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., resume_prompt_digest: _Optional[bytes] = ...) -> None: ...
 
 class TopLogprobs(_message.Message):
     __slots__ = ("token_ids", "logprobs")
@@ -160,7 +162,7 @@ class Logprobs(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("request_id", "queue_position", "prompt_tokens", "seed", "router_address", "session_tokens", "turn")
+    __slots__ = ("request_id", "queue_position", "prompt_tokens", "seed", "router_address", "session_tokens", "turn", "prompt_digest")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +170,7 @@ class Accepted(_message.Message):
     ROUTER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     SESSION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TURN_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     queue_position: int
     prompt_tokens: int
@@ -175,7 +178,8 @@ class Accepted(_message.Message):
     router_address: str
     session_tokens: int
     turn: int
-    def __init__(self, request_id: _Optional[str] = ..., queue_position: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., router_address: _Optional[str] = ..., session_tokens: _Optional[int] = ..., turn: _Optional[int] = ...) -> None: ...
+    prompt_digest: bytes
+    def __init__(self, request_id: _Optional[str] = ..., queue_position: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., router_address: _Optional[str] = ..., session_tokens: _Optional[int] = ..., turn: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ...) -> None: ...
 
 class PrefillProgress(_message.Message):
     __slots__ = ("tokens_done", "tokens_total", "tokens_cached", "prompt_logprobs")

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
+import struct
 import time
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from protos.v1 import generation_pb2
 from router.engine.request import EngineRequest, FinishReason, SessionHint, StepOutput
 from router.gateway.request_reader import RequestReader
 from router.gateway.turn_stream import TurnStream
 from router.state.leases import StoreSettings
-from router.state.session_records import Lease, TokenIds, TurnRecord
+from router.state.session_records import Lease, OpenTurn, TokenIds, TurnRecord
 
 
 class Turn:
@@ -38,6 +42,8 @@ class Turn:
         is_committed: Whether the turn is part of the history.
         hint: What the engine is told of the session.
         snapshots: New ones that the session's record does not name yet, by position.
+        num_reopened: Times that it was opened anew because the store had lost it.
+        reopening: Held while that happens.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class Turn:
         self.is_committed = False
         self.hint: SessionHint | None = None
         self.snapshots: dict[int, bytes] = {}
+        self.num_reopened = 0
+        self.reopening = asyncio.Lock()
         self._reader = reader
         self._settings = settings
         self._forced_ids = forced_ids
@@ -127,7 +135,28 @@ class Turn:
             router_address=address,
             session_tokens=len(self.history),
             turn=self.lease.turn + 1,
+            prompt_digest=prompt_digest(
+                self.lease.turn, self.request.sampling.seed, self.history, self.prompt_ids
+            ),
         )
+
+    def opening(self) -> OpenTurn:
+        """Return what the store is told when the turn is opened."""
+        return OpenTurn(
+            request_id=self.request_id,
+            prompt_ids=self.prompt_ids,
+            seed=self.request.sampling.seed,
+            request=self.request.SerializeToString(),
+        )
+
+    def begins_with(self, ids: Sequence[int]) -> bool:
+        """Say whether these are the first of its generated tokens."""
+        return self.token_ids[: len(ids)] == list(ids)
+
+    def move_to(self, lease: Lease, num_saved: int) -> None:
+        """Go on under another lease, whose open turn has so many of the generated tokens."""
+        self.lease, self.num_saved = lease, num_saved
+        self._savable.set()
 
     # Tokens
 
@@ -230,6 +259,22 @@ _NAMES = {
     generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH.value,
     generation_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED.value,
 }
+
+
+def prompt_digest(turn: int, seed: int, history: TokenIds, prompt_ids: TokenIds) -> bytes:
+    """Return 16 bytes that stand for what a turn begins with. Whoever shows them again, with the
+    request that they came from, means the same turn of the same session as it was.
+
+    Args:
+        turn: Turns before it.
+        seed: It draws with.
+        history: Tokens of the turns before.
+        prompt_ids: What it adds to them.
+    """
+    digest = hashlib.sha256(struct.pack("<QQQ", turn, seed, len(history)))
+    for ids in (history, prompt_ids):
+        digest.update(np.ascontiguousarray(ids, dtype="<u4").data)
+    return digest.digest()[:16]
 
 
 def kept_request(

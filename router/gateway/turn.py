@@ -9,6 +9,11 @@ gets when it is resumed, and when a token may be sent. The order of a turn:
 Words: *saved* tokens are in the store as part of the open turn; a turn is *committed* when it is
 part of the session's history; a turn is *left open* when its client is lost, for `resume_from`.
 What the store is, and what it does when it fails, is in `router.state.sessions`.
+
+A failover to a replica that lags may lose the open turn. Its router opens it again where nobody has
+taken the session meanwhile. If the router is lost as well, the client begins it again on any other:
+it knows the tokens that arrived, its request, and a digest of what the turn began with, which the
+session must still give. So two histories are never merged, and no token comes twice.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from protos.validate import validate_generate
 from router.engine.chain import tenant_namespace
 from router.gateway.continuation import SystemPrefixes, continue_session
 from router.gateway.live import LiveRequest, LiveRequests
-from router.gateway.open_turn import Turn, kept_request, replayed
+from router.gateway.open_turn import Turn, kept_request, prompt_digest, replayed
 from router.gateway.request_reader import RequestReader, in_thread_if_large
 from router.gateway.snapshot_names import SnapshotNames
 from router.gateway.turn_figures import TurnFigures
@@ -51,6 +56,8 @@ NEWS_WAIT_S = 1.0
 """How long a resumed turn waits for the lease of the router that lost its stream: if that died, the
 report of it comes within a fraction of a second, as a rule behind the client."""
 NEWS_PAUSE_S = 0.05
+_MAX_REOPENED = 3
+"""Failovers of the store that one turn outlives."""
 SETTLE_TIMEOUT_S = 5.0
 """How long a turn waits until this router has given back the lease of the turn before."""
 
@@ -140,7 +147,10 @@ class SessionTurns:
             finally:
                 await self._close(lease, turn, live)
             if turn is None and not await self._replay(request, key, live):
-                detail = f"the turn of request {request_id} is not open"
+                detail = (
+                    f"the turn of request {request_id} is not open: another request has taken its "
+                    "place, or the store has lost it; read the session, and send it as a new one"
+                )
                 raise SessionFencedError(request.session_id, detail)
 
     async def settle_all(self) -> None:
@@ -190,8 +200,10 @@ class SessionTurns:
             opened = await self._store.open_turn_of(lease)
             if opened is not None and opened.request_id == request_id:
                 return self._resumed(request, lease, history, opened)
-            is_known = request.resume_from or request.WhichOneof("input") is None
-            if is_known or await self._finished_turn(request, lease.tenant) is not None:
+            if await self._finished_turn(request, lease.tenant) is not None:
+                return None
+            has_input = request.WhichOneof("input") is not None
+            if not has_input or (request.resume_from and not _may_be_lost(request, opened)):
                 return None
         return await self._opened(request, request_id, lease, history)
 
@@ -202,7 +214,13 @@ class SessionTurns:
         lease: Lease,
         history: TokenIds,
     ) -> Turn:
-        """Begin a new turn and save its prompt. A turn that another request left open is lost."""
+        """Begin a new turn and save its prompt. A turn that another request left open is lost.
+
+        One that the client knows and the store has lost begins again with the tokens that arrived.
+
+        Raises:
+            SessionFencedError: It knows another: a turn was lost before this one, or came instead.
+        """
         large = request.ByteSize()
         prompt_ids = await in_thread_if_large(large, self._encode, request, history)
         kept = kept_request(request, request_id)
@@ -216,26 +234,31 @@ class SessionTurns:
                 large, self._prefixes.junctions, request, prompt_ids, lease.tenant
             )
         prompt = np.array(prompt_ids, dtype=np.uint32)
-        await self._store.abandon_turn(lease)
-        await self._store.open_turn(
-            lease,
-            OpenTurn(
-                request_id=request_id,
-                prompt_ids=prompt,
-                seed=kept.sampling.seed,
-                request=kept.SerializeToString(),
-            ),
-        )
-        return Turn(
+        if request.resume_from:
+            digest = prompt_digest(lease.turn, kept.sampling.seed, history, prompt)
+            if digest != request.resume_prompt_digest:
+                raise SessionFencedError(
+                    lease.session_id,
+                    f"the store lost the turn of request {request_id}, which began with other "
+                    f"tokens than turn {lease.turn + 1} of the session would now: it has "
+                    f"{len(history)} tokens; read it, and send the turn as a new request",
+                )
+            logger.warning("turn.begun_again id=%s session=%s", request_id, lease.session_id)
+        turn = Turn(
             self._reader,
             kept,
             lease,
             history,
             prompt,
             self._store.settings,
+            forced_ids=tuple(request.resume_tokens.ids),
+            resume_from=request.resume_from,
             junctions=junctions,
             clock=self._clock,
         )
+        await self._store.abandon_turn(lease)
+        await self._store.open_turn(lease, turn.opening())
+        return turn
 
     def _resumed(
         self,
@@ -331,22 +354,86 @@ class SessionTurns:
         get the session from a store that is down.
         """
         if not turn.lease.may_emit(self._clock()):
-            await self._quietly("renew", self._store.renew(turn.lease))
+            lease = turn.lease
+            try:
+                await self._quietly("renew", self._store.renew(lease))
+            except SessionFencedError:
+                if not await self._take_again(turn, lease):
+                    raise
 
     async def _save_behind(self, turn: Turn, live: LiveRequest) -> None:
         """Save tokens and renew the lease, never in front of a token."""
         try:
             while await turn.wait_savable():
-                ids = turn.take_savable()
-                if ids:
-                    start = len(turn.prompt_ids) + turn.num_saved
-                    save = self._store.checkpoint(turn.lease, ids, start)
-                    if await self._quietly("checkpoint", save):
-                        turn.note_saved(len(ids))
-                elif self._clock() - turn.lease.renewed_at >= turn.lease.ttl_s / 3:
-                    await self._quietly("renew", self._store.renew(turn.lease))
+                lease = turn.lease
+                try:
+                    await self._save(turn)
+                except SessionFencedError:
+                    if not await self._take_again(turn, lease):
+                        raise
         except ExpertMeshError as error:
             live.fail(error)
+
+    async def _save(self, turn: Turn) -> None:
+        """Save what waits, or renew the lease."""
+        lease = turn.lease
+        ids = turn.take_savable()
+        if ids:
+            save = self._store.checkpoint(lease, ids, len(turn.prompt_ids) + turn.num_saved)
+            if await self._quietly("checkpoint", save) and lease is turn.lease:
+                turn.note_saved(len(ids))
+        elif self._clock() - lease.renewed_at >= lease.ttl_s / 3:
+            await self._quietly("renew", self._store.renew(lease))
+
+    async def _take_again(self, turn: Turn, lost: Lease) -> bool:
+        """Go on with a turn that the store does not know any more under its lease.
+
+        A failover to a replica that lags loses leases, open turns and saved tokens. Where nobody
+        has taken the session since, and it stands exactly where the turn began, the turn is opened
+        again; else another has gone on, and the turn is over.
+
+        Returns:
+            Whether it goes on.
+        """
+        async with turn.reopening:
+            if turn.lease is not lost:
+                return True
+            turn.num_reopened += 1
+            if turn.num_reopened > _MAX_REOPENED:
+                return False
+            lease: Lease | None = None
+            try:
+                await self._store.release(lost)
+                lease = await self._acquire_now((lost.tenant, lost.session_id))
+                num_saved = await self._open_again(turn, lease)
+            except (SessionBusyError, SessionFencedError):
+                num_saved = None
+            except ExpertMeshError as error:
+                logger.warning("turn.not_reopened id=%s why=%s", turn.request_id, error)
+                num_saved = None
+            if lease is None or num_saved is None:
+                if lease is not None:
+                    await self._quietly("release", self._store.release(lease))
+                return False
+            turn.move_to(lease, num_saved)
+            logger.warning("turn.reopened id=%s session=%s", turn.request_id, lease.session_id)
+            return True
+
+    async def _open_again(self, turn: Turn, lease: Lease) -> int | None:
+        """Return how many generated tokens the store has of a turn, opened again if it is not;
+        None where the session does not stand where the turn began."""
+        if (lease.turn, lease.num_tokens) != (turn.lease.turn, turn.lease.num_tokens):
+            return None
+        if not np.array_equal(await self._store.tokens(lease), turn.history):
+            return None
+        opened = await self._store.open_turn_of(lease)
+        if opened is None:
+            await self._store.open_turn(lease, turn.opening())
+            return 0
+        saved = opened.generated_ids.tolist()
+        if opened.request_id != turn.request_id or not turn.begins_with(saved):
+            return None
+        return len(saved)
 
     async def _commit(self, turn: Turn, until: float) -> bool:
         """Make the turn part of the history; return whether it is.
@@ -357,13 +444,15 @@ class SessionTurns:
         record = turn.record()
         begun = self._clock()
         while not turn.is_committed:
+            lease = turn.lease
             try:
-                await self._store.commit_turn(
-                    turn.lease, turn.request_id, record, turn.unsaved_ids()
-                )
+                await self._store.commit_turn(lease, turn.request_id, record, turn.unsaved_ids())
                 turn.is_committed = True
                 self.figures.commit_s.add(self._clock() - begun)
                 self._snapshots.name_behind(turn)
+            except SessionFencedError:
+                if not await self._take_again(turn, lease):
+                    raise
             except StateUnavailableError as error:
                 if self._clock() + COMMIT_PAUSE_S > until:
                     logger.warning("turn.unwritten id=%s why=%s", turn.request_id, error)
@@ -402,8 +491,11 @@ class SessionTurns:
     async def _let_go(self, lease: Lease, turn: Turn | None) -> None:
         """Commit what has ended, as long as the lease can still be ours; leave the rest open."""
         try:
+            if turn is not None:
+                lease = turn.lease
             if turn is not None and turn.has_ended:
                 await self._commit(turn, lease.renewed_at + lease.ttl_s)
+                lease = turn.lease
             elif turn is not None and (ids := turn.take_savable()):
                 await self._store.checkpoint(lease, ids, len(turn.prompt_ids) + turn.num_saved)
             await self._store.release(lease)
@@ -443,3 +535,13 @@ class SessionTurns:
         turns = await self._store.turns(tenant, request.session_id)
         found = (t for t in reversed(turns) if t.request_id == request.request_id)
         return next(found, None)
+
+
+def _may_be_lost(request: generation_pb2.GenerateRequest, opened: OpenTurn | None) -> bool:
+    """Say whether the turn that a client resumes may be one that the store has lost: nobody else
+    has begun one since, and the client brings all that it takes to begin it again."""
+    return (
+        opened is None
+        and bool(request.resume_prompt_digest)
+        and len(request.resume_tokens.ids) == request.resume_from - 1
+    )
