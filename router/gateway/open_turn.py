@@ -42,6 +42,7 @@ class Turn:
         is_committed: Whether the turn is part of the history.
         hint: What the engine is told of the session.
         snapshots: New ones that the session's record does not name yet, by position.
+        is_fenced: Whether another has gone on with the session; then nothing is written any more.
         num_reopened: Times that it was opened anew because the store had lost it.
         reopening: Held while that happens.
     """
@@ -71,6 +72,7 @@ class Turn:
         self.is_committed = False
         self.hint: SessionHint | None = None
         self.snapshots: dict[int, bytes] = {}
+        self.is_fenced = False
         self.num_reopened = 0
         self.reopening = asyncio.Lock()
         self._reader = reader

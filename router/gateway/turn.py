@@ -399,7 +399,8 @@ class SessionTurns:
             if turn.lease is not lost:
                 return True
             turn.num_reopened += 1
-            if turn.num_reopened > _MAX_REOPENED:
+            turn.is_fenced |= turn.num_reopened > _MAX_REOPENED
+            if turn.is_fenced:
                 return False
             lease: Lease | None = None
             try:
@@ -407,12 +408,13 @@ class SessionTurns:
                 lease = await self._acquire_now((lost.tenant, lost.session_id))
                 num_saved = await self._open_again(turn, lease)
             except (SessionBusyError, SessionFencedError):
-                num_saved = None
+                num_saved, turn.is_fenced = None, True
             except ExpertMeshError as error:
                 logger.warning("turn.not_reopened id=%s why=%s", turn.request_id, error)
                 num_saved = None
             if lease is None or num_saved is None:
                 if lease is not None:
+                    turn.is_fenced = True
                     await self._quietly("release", self._store.release(lease))
                 return False
             turn.move_to(lease, num_saved)
@@ -491,6 +493,8 @@ class SessionTurns:
     async def _let_go(self, lease: Lease, turn: Turn | None) -> None:
         """Commit what has ended, as long as the lease can still be ours; leave the rest open."""
         try:
+            if turn is not None and turn.is_fenced:
+                return
             if turn is not None:
                 lease = turn.lease
             if turn is not None and turn.has_ended:

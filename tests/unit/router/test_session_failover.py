@@ -111,6 +111,14 @@ def pair() -> Iterator[Pair]:
         made.close()
 
 
+@contextmanager
+def settling_router(pair: Pair, engine: str) -> Iterator[GatewayService]:
+    """Run a router; at its end it has let go of all sessions before its store is closed."""
+    with router(pair, engine, HashScript()) as service:  # type: ignore[arg-type]
+        yield service
+        eventually(lambda: not service.servicer._turns._closing, 20)  # type: ignore[union-attr]
+
+
 def lost_stream(
     service: GatewayService, request: generation_pb2.GenerateRequest, num_tokens: int
 ) -> tuple[Messages, Received]:
@@ -134,7 +142,7 @@ def undisturbed(pair: Pair, service: GatewayService, seed: int) -> Messages:
 
 
 def test_the_client_begins_a_lost_turn_again_on_another_router(pair: Pair) -> None:
-    with router(pair, "a", HashScript()) as first, router(pair, "b", HashScript()) as second:
+    with settling_router(pair, "a") as first, settling_router(pair, "b") as second:
         create(pair, "s")
         run_turn(first, PROMPT, "s", max_tokens=5, ignore_eos=True)
         pair.lose_what_follows()
@@ -151,7 +159,7 @@ def test_the_client_begins_a_lost_turn_again_on_another_router(pair: Pair) -> No
 
 @pytest.mark.parametrize("missing", ["digest", "tokens", "input", "seed"])
 def test_without_proof_a_lost_turn_is_not_begun_again(pair: Pair, missing: str) -> None:
-    with router(pair, "a", HashScript()) as service:
+    with settling_router(pair, "a") as service:
         create(pair, "s")
         pair.lose_what_follows()
         request = turn_request(PROMPT, "s", request_id="r", **DRAWN)
@@ -173,7 +181,7 @@ def test_without_proof_a_lost_turn_is_not_begun_again(pair: Pair, missing: str) 
 
 @pytest.mark.parametrize("what", ["an earlier turn is lost, too", "another turn came first"])
 def test_a_turn_is_not_put_behind_another_history(pair: Pair, what: str) -> None:
-    with router(pair, "a", HashScript()) as service:
+    with settling_router(pair, "a") as service:
         create(pair, "s")
         if what == "an earlier turn is lost, too":
             pair.lose_what_follows()
@@ -193,7 +201,7 @@ def test_a_turn_is_not_put_behind_another_history(pair: Pair, what: str) -> None
 
 def test_a_running_turn_outlives_the_failover(pair: Pair) -> None:
     """The router that runs it opens it again; the stream does not notice."""
-    with router(pair, "a", HashScript()) as service:
+    with settling_router(pair, "a") as service:
         create(pair, "s")
         pair.lose_what_follows()
         service.model.stop_after(4)
@@ -210,7 +218,7 @@ def test_a_running_turn_outlives_the_failover(pair: Pair) -> None:
 
 
 def test_a_running_turn_ends_where_another_has_taken_the_session(pair: Pair) -> None:
-    with router(pair, "a", HashScript()) as first, router(pair, "b", HashScript()) as second:
+    with settling_router(pair, "a") as first, settling_router(pair, "b") as second:
         create(pair, "s")
         pair.lose_what_follows()
         first.model.stop_after(4)
