@@ -48,7 +48,7 @@ TURNS = (
 STREAMS = (
     "Please tell me a short story about the dog and the book.",
     "Was ist die Hauptstadt von Spanien?",
-    "Combien font 17 + 10 ?",
+    "Combien font 9 + 6 ?",
     'How do you say "sun" in German?',
 )
 DEATH_QUESTION = "Please tell me a short story about the owl and the lamp."
