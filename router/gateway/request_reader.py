@@ -36,6 +36,9 @@ PRIORITIES = {
     generation_pb2.PRIORITY_BATCH: Priority.BATCH,
 }
 
+BATCH_MESSAGE_TOKENS = 32
+"""Of one message to a batch request: nobody reads along, and messages cost the router time."""
+
 T = TypeVar("T")
 
 
@@ -251,12 +254,15 @@ class RequestReader:
     ) -> StreamOptions:
         """Return what the request's messages carry."""
         output = request.output
+        is_batch = PRIORITIES[request.priority] is Priority.BATCH
+        waits = BATCH_MESSAGE_TOKENS if is_batch else 0
         return StreamOptions(
             num_prompt_tokens=num_prompt_tokens,
             return_token_ids=not output.HasField("return_token_ids") or output.return_token_ids,
             include_stop=request.stopping.include_stop,
             values_per_token=1 + output.top_logprobs,
             max_pending_tokens=self._max_pending_tokens,
+            min_pending_tokens=min(waits, self._max_pending_tokens),
         )
 
 

@@ -40,6 +40,8 @@ class StreamOptions:
     values_per_token: int = 1
     """1, and the log-probabilities asked for with each token."""
     max_pending_tokens: int = MAX_PENDING_TOKENS
+    min_pending_tokens: int = 0
+    """A message waits for so many tokens, but for a sequence's last."""
 
 
 class _Sequence:
@@ -114,9 +116,9 @@ class RequestStream:
             self._num_open -= 1
         if self.error is not None:
             return
-        self._news.set()
         if output.error is not None:
             self.error = output.error
+            self._news.set()
             return
         sequence = self._sequences[output.index]
         sequence.has_news = True
@@ -131,6 +133,8 @@ class RequestStream:
         if output.finish_reason is not None:
             sequence.ended = output
         self._num_pending += len(output.token_ids) * self._options.values_per_token
+        if output.is_last or self._num_pending >= self._options.min_pending_tokens:
+            self._news.set()
         if self._num_pending > self._options.max_pending_tokens:
             self.error = SlowReaderError(self._num_pending, self._options.max_pending_tokens)
             self._sequences.clear()

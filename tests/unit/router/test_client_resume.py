@@ -187,7 +187,13 @@ def test_an_error_of_the_request_keeps_the_router(
             "script",
             1,
         )
-        assert client.complete(PROMPT, max_tokens=1, priority="batch").token_ids
+        deltas = [
+            list(event.token_ids)
+            for event in client.generate(PROMPT, max_tokens=70, ignore_eos=True, priority="batch")
+            if isinstance(event, Delta)
+        ]
+        assert all(len(ids) >= 32 for ids in deltas[:-1])
+        assert sum(map(len, deltas)) == 70
     with pytest.raises(ValueError, match="needs the address"):
         Client(" , ")
 

@@ -288,6 +288,20 @@ def test_what_waits_is_one_message_a_sequence() -> None:
     assert stream.is_ended
 
 
+def test_messages_may_wait_for_tokens_but_never_the_last_one() -> None:
+    stream, _ = stream_of(min_pending_tokens=3)
+    stream.put(StepOutput("r", 0, [1], prefill=PrefillProgress(4, 4, 0, None)))
+    stream.put(StepOutput("r", 0, [2]))
+    assert not stream.has_news
+    stream.put(StepOutput("r", 0, [3]))
+    assert stream.has_news
+    assert list(stream.take()[0].token_ids) == [1, 2, 3]
+    for ended in ({"finish_reason": FinishReason.LENGTH}, {"error": InternalError("x")}):
+        stream, _ = stream_of(min_pending_tokens=3)
+        stream.put(StepOutput("r", 0, [4], **ended))
+        assert stream.has_news
+
+
 def test_what_waits_is_bounded() -> None:
     stream, calls = stream_of(values_per_token=3, max_pending_tokens=9)
     for _ in range(3):
