@@ -13,14 +13,21 @@ import ray
 
 from cluster.config import Config
 from cluster.logs import configure_logging
-from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart
+from cluster.members import (
+    GroupMember,
+    ProcessFacts,
+    RouterReady,
+    RouterStart,
+    ServiceView,
+    Wish,
+)
 
 if TYPE_CHECKING:
     from cluster.group_process import GroupProcess
     from cluster.router_process import RouterProcess
 
-CONCURRENT_CALLS = 4
-"""One call waits for the end of the process, one works, the others answer questions."""
+CONCURRENT_CALLS = 8
+"""Three wait (for the end of the process, for a wish, for requests to end), the others work."""
 
 
 @ray.remote(max_concurrency=CONCURRENT_CALLS)
@@ -40,9 +47,17 @@ class ExpertGroupActor:
         self._process = GroupProcess(self._group_id, self._config)
         return self._process.facts(*_where())
 
-    def load(self, placement_json: str, dtype: str, threads: int, host: str) -> str:
-        """Load the experts that the placement gives this group; return the gRPC address."""
+    def load(self, placement_json: str, dtype: str, threads: int, host: str) -> tuple[str, int]:
+        """Load the experts that the placement gives this group; return gRPC address and epoch."""
         return self._running.load(placement_json, dtype, threads, host)
+
+    def take(self, placement_json: str) -> tuple[str, int]:
+        """Load what the placement gives this group, beside what it holds; returns likewise."""
+        return self._running.take(placement_json)
+
+    def trim(self, placement_json: str) -> int:
+        """Forget what the placement does not give this group; return its epoch."""
+        return self._running.trim(placement_json)
 
     def wait(self) -> None:
         """Return when the process was told to stop."""
@@ -88,9 +103,21 @@ class RouterActor:
         """Generate a token over the gRPC port."""
         self._running.check()
 
-    def join_group(self, members: list[GroupMember], routers: dict[str, str]) -> None:
-        """Learn who else serves, for status questions."""
-        self._running.set_members(members, routers)
+    def join_group(self, view: ServiceView) -> None:
+        """Learn how the whole service is, for status questions."""
+        self._running.set_view(view)
+
+    def connect(self, placement_json: str, members: list[GroupMember]) -> tuple[str, int]:
+        """Connect to the groups of a placement to come; return "connect" and its epoch."""
+        return self._running.connect(placement_json, members)
+
+    def switch(self, epoch: int) -> tuple[str, int]:
+        """Follow that placement from the next call on; return "switch" and the epoch."""
+        return self._running.switch(epoch)
+
+    def next_wish(self) -> Wish | None:
+        """Wait until someone asks this router for a change of the service, and return it."""
+        return self._running.next_wish()
 
     def wait(self) -> None:
         """Return when the process was told to stop; raise when its engine died."""

@@ -12,6 +12,7 @@ import typer
 from cluster.cli_autoscale import autoscale_app
 from cluster.cli_batch import batch_app
 from cluster.cli_options import DEFAULT_URL, ApiKey, AsJson, TlsCa, TlsCert, TlsKey, Url, access_of
+from cluster.cli_scale import scale_app
 from cluster.cli_service import service_app
 from cluster.cli_sessions import sessions_app
 from cluster.config import describe, load_config, shown, to_json_schema
@@ -31,6 +32,7 @@ app.add_typer(batch_app, name="batch")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(autoscale_app, name="autoscale")
 app.add_typer(service_app, name="service")
+app.add_typer(scale_app)
 
 
 def _setting(path: str, *names: str, panel: str) -> Any:

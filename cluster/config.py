@@ -55,6 +55,8 @@ class ExpertsSection:
     """Kernels of the experts; auto measures at start-up."""
     threads: int | None = number(None, minimum=1)
     """Threads of one expert group; unset: the node's cores shared among its groups."""
+    patience_s: float = number(300.0, minimum=0)
+    """Seconds that requests wait for experts whose group has died; then they fail. 0: at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,7 @@ class GroupProcess:
             node_id=node_id, address=address, pid=os.getpid(), cores=cores, boot=self._boot
         )
 
-    def load(self, placement_json: str, dtype: str, threads: int, host: str) -> str:
+    def load(self, placement_json: str, dtype: str, threads: int, host: str) -> tuple[str, int]:
         """Load this group's experts and open its port.
 
         Args:
@@ -49,11 +49,12 @@ class GroupProcess:
             host: Address to bind; the port is a free one.
 
         Returns:
-            `host:port`.
+            `host:port`, and the placement's epoch.
 
         Raises:
             ExpertMeshError: From the checkpoint, the memory, the placement, or the certificate.
         """
+        placement = Placement.from_json(placement_json)
         self._runtime = ExpertRuntime(
             group_id=self.group_id,
             checkpoint=self._config.model.checkpoint,
@@ -61,13 +62,42 @@ class GroupProcess:
             compute=self._config.experts.compute,
             num_threads=threads,
         )
-        self._runtime.load(Placement.from_json(placement_json))
+        self._runtime.load(placement)
         member = load_member(self._config)
         tls = member.server if member is not None else None
         self._server = start_expert_server(self._runtime, host, 0, tls)
         address: str = self._server.address
         log.info("group_ready group=%s address=%s", self.group_id, address)
-        return address
+        return address, placement.epoch
+
+    def take(self, placement_json: str) -> tuple[str, int]:
+        """Load what a placement gives this group, beside what it holds, while forwards go on.
+
+        Returns:
+            `host:port`, and the placement's epoch.
+
+        Raises:
+            ResourceError: It does not fit; nothing has changed.
+            CheckpointError: A weight cannot be read.
+        """
+        assert self._runtime is not None  # the caller's order: load comes first
+        assert self._server is not None
+        placement = Placement.from_json(placement_json)
+        given = _keys(placement.experts_of(self.group_id))
+        missing = given - _keys(self._runtime.status().layers)
+        self._runtime.load_experts(sorted(missing), placement.epoch)
+        return self._server.address, placement.epoch
+
+    def trim(self, placement_json: str) -> int:
+        """Forget what a placement does not give this group; return its epoch."""
+        assert self._runtime is not None  # the caller's order: load comes first
+        placement = Placement.from_json(placement_json)
+        given = _keys(placement.experts_of(self.group_id))
+        surplus = _keys(self._runtime.status().layers) - given
+        # A plan that was given up may have told the group of a later epoch.
+        epoch = max(placement.epoch, self._runtime.epoch)
+        self._runtime.drop_experts(sorted(surplus), epoch)
+        return placement.epoch
 
     def stop(self) -> None:
         """Close the port."""
@@ -75,3 +105,8 @@ class GroupProcess:
             self._server.stop(STOP_GRACE_S)
             self._server = None
         self.stopped.set()
+
+
+def _keys(layers: dict[int, list[int]]) -> set[tuple[int, int]]:
+    """Return `(layer_id, expert_id)` of experts by layer."""
+    return {(layer_id, expert_id) for layer_id, ids in layers.items() for expert_id in ids}

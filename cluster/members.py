@@ -6,6 +6,9 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from router.state.endpoint import Endpoint
 
 
@@ -33,6 +36,50 @@ class GroupMember:
     pid: int
     capacity: float
     """Relative share of the experts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceView:
+    """What every router says of the whole service."""
+
+    groups: tuple[GroupMember, ...]
+    routers: Mapping[str, str]
+    """router_id -> gRPC address."""
+    target_groups: int
+    target_routers: int
+    change: str
+    """What is under way, in words."""
+    trouble: str
+    """Why the last change was not possible, in words."""
+    is_settled: bool
+    """The service is as wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleWish:
+    """Someone wants other numbers; None leaves one as it is."""
+
+    expert_groups: int | None
+    routers: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveWish:
+    """Someone wants an expert group to go."""
+
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceWish:
+    """Someone wants another placement."""
+
+    capacities: Mapping[str, float]
+    load: npt.NDArray[np.int64]
+    """`[num_layers, num_experts]` pairs, as the router that was asked has counted them."""
+
+
+Wish = ScaleWish | LeaveWish | PlaceWish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

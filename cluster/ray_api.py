@@ -47,6 +47,9 @@ WAIT_S = 0.2
 MAX_TMP_CHARS = 24
 GROUP_RESOURCE = "expert_group"
 """Custom resource that nodes of a shared cluster advertise, 1 per group they may hold."""
+MEMBER_RESOURCE = "expertmesh_member"
+"""Custom resource of a private cluster: a place for one of our processes, whatever its CPUs."""
+MAX_MEMBERS = 4096
 EXIT_TIMEOUT_S = 10.0
 """How long the process that holds a private Ray gets to end it."""
 
@@ -146,6 +149,7 @@ def start_local_ray(folder: str, num_cpus: int, namespace: str, log_level: int) 
         address="local",
         namespace=namespace,
         num_cpus=num_cpus,
+        resources={MEMBER_RESOURCE: MAX_MEMBERS},
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=log_level,
@@ -246,22 +250,39 @@ class RayCluster:
                 lacking.append(f"{need - have:g} {name} (need {need:g}, have {have:g})")
         return ", ".join(lacking)
 
-    def reserve(self, bundles: Sequence[Mapping[str, float]], timeout_s: float) -> PlacementGroup:
-        """Reserve one bundle per actor, spread over the nodes as far as they reach.
+    def ask_for(self, bundle: Mapping[str, float]) -> PlacementGroup:
+        """Ask for a place for one actor; returns at once, and Ray may start a node for it."""
+        from ray.util.placement_group import placement_group
+
+        with self.guard():
+            group = placement_group([dict(bundle)], strategy="SPREAD")
+            self.groups.append(group)
+        return group
+
+    def release(self, place: PlacementGroup) -> None:
+        """Give a place back; an actor that is still there ends."""
+        from ray.util.placement_group import remove_placement_group
+
+        with self.guard():
+            remove_placement_group(place)
+        self.groups.remove(place)
+
+    def reserve(
+        self, bundles: Sequence[Mapping[str, float]], timeout_s: float
+    ) -> list[PlacementGroup]:
+        """Reserve a place of its own for each actor, so that each can be given back.
 
         Raises:
             ResourceError: Not granted within `timeout_s`; says what is asked for and what exists.
         """
-        from ray.util.placement_group import placement_group
-
-        with self.guard():
-            group = placement_group([dict(bundle) for bundle in bundles], strategy="SPREAD")
-            self.groups.append(group)
+        places = [self.ask_for(bundle) for bundle in bundles]
+        missing = list(places)
         deadline = time.monotonic() + timeout_s
-        while True:
+        while missing:
             with self.guard():
-                if group.wait(timeout_seconds=WAIT_S):
-                    return group
+                if missing[0].wait(timeout_seconds=WAIT_S):
+                    missing.pop(0)
+                    continue
             if time.monotonic() < deadline:
                 continue
             raise ResourceError(
@@ -271,6 +292,7 @@ class RayCluster:
                 + f" in all on {len(self.nodes())} nodes, part of it in use",
                 hint="add nodes, or lower --expert-groups or --routers",
             )
+        return places
 
     def refuse_taken_names(self, names: Sequence[str]) -> None:
         """Check that no other service uses these names in the namespace.
@@ -299,7 +321,7 @@ class RayCluster:
         actor_class: Any,
         name: str,
         *args: Any,
-        bundle: tuple[PlacementGroup, int] | None = None,
+        place: PlacementGroup | None = None,
         node_id: str | None = None,
     ) -> Actor:
         """Create a named actor that ends with this process; returns before it runs.
@@ -308,7 +330,7 @@ class RayCluster:
             actor_class: A Ray actor class of `cluster.actors`.
             name: Unique in the namespace.
             *args: For the constructor.
-            bundle: Placement group and index; or
+            place: Of `reserve` or `ask_for`; or
             node_id: The node to run on, outside any reservation.
 
         Raises:
@@ -320,15 +342,17 @@ class RayCluster:
         )
 
         strategy: Any
-        if bundle is not None:
-            strategy = PlacementGroupSchedulingStrategy(bundle[0], bundle[1])
+        num_cpus = 0.0
+        if place is not None:
+            strategy = PlacementGroupSchedulingStrategy(place, 0)
+            num_cpus = place.bundle_specs[0].get("CPU", 0.0)
         else:
             strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
         try:
             with self.guard():
                 handle = actor_class.options(
                     name=name,
-                    num_cpus=1 if bundle is not None else 0,
+                    num_cpus=num_cpus,
                     max_restarts=0,
                     max_task_retries=0,
                     scheduling_strategy=strategy,

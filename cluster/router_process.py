@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Mapping
@@ -27,11 +28,27 @@ from cluster.autoscale_log import DecisionLog
 from cluster.config import Config, EngineSection
 from cluster.hf_overrides import parse_hf_overrides
 from cluster.kv_budget import GIB, plan_cold_bytes, plan_kv_blocks
-from cluster.members import GroupMember, ProcessFacts, RouterReady, RouterStart, engine_id, new_boot
+from cluster.members import (
+    GroupMember,
+    ProcessFacts,
+    RouterReady,
+    RouterStart,
+    ServiceView,
+    Wish,
+    engine_id,
+    new_boot,
+)
 from cluster.metrics import Figures, MetricsServer, metrics_text
+from cluster.placement_follower import PlacementFollower
 from cluster.probe import check_answers
 from cluster.router_state import RouterState, cache_namespace
-from cluster.router_status import cache_status, cold_status, latency_status, store_status
+from cluster.router_status import (
+    cache_status,
+    cold_status,
+    latency_status,
+    scaling_status,
+    store_status,
+)
 from cluster.security import load_security
 from cluster.served_decoder import ServedDecoder
 from cluster.service import ClusterServicer
@@ -97,6 +114,9 @@ class RouterProcess:
         self._address = ""
         self._members: tuple[GroupMember, ...] = ()
         self._routers: dict[str, str] = {}
+        self._service: ServiceView | None = None
+        self._placements = PlacementFollower()
+        self._wishes: queue.SimpleQueue[Wish | None] = queue.SimpleQueue()
         self._placement: Placement | None = None
         self._dispatcher: ExpertDispatcher | None = None
         self._gating: GatingServicer | None = None
@@ -162,6 +182,7 @@ class RouterProcess:
         if start.placement_json is not None:
             self._placement = Placement.from_json(start.placement_json)
             self._dispatcher = self._connect(start, self._kernels)
+            self._placements.add(self._dispatcher)
         decoder = Decoder(self._model, self._weights, self._ops, self._dispatcher)
         delivery = LoopDelivery()
         io = decoder.cache_io(decoder.allocate_caches(1, self._config.engine.block_size, 1))
@@ -210,10 +231,35 @@ class RouterProcess:
         """
         check_answers(self._address, CHECK_TIMEOUT_S, self._security.to_routers)
 
-    def set_members(self, members: list[GroupMember], routers: dict[str, str]) -> None:
-        """Learn who else serves."""
-        self._members = tuple(members)
-        self._routers = dict(routers)
+    def set_view(self, view: ServiceView) -> None:
+        """Learn how the whole service is."""
+        self._service, self._members, self._routers = view, view.groups, dict(view.routers)
+
+    def connect(self, placement_json: str, members: list[GroupMember]) -> tuple[str, int]:
+        """Connect to the groups of a placement to come, beside those in use.
+
+        Raises:
+            GroupLostError: A group cannot be reached; nothing has changed.
+        """
+        placement = Placement.from_json(placement_json)
+        addresses = {member.group_id: member.grpc_address for member in members}
+        self._placements.prepare(placement, addresses)
+        return "connect", placement.epoch
+
+    def switch(self, epoch: int) -> tuple[str, int]:
+        """Follow the placement of this epoch, which is connected, from the next call on.
+
+        Returns once no call follows an older one any more.
+
+        Raises:
+            DeadlineExceededError: A call of before lasts; ask again.
+        """
+        self._placements.switch(epoch, SWITCH_TIMEOUT_S)
+        return "switch", epoch
+
+    def next_wish(self) -> Wish | None:
+        """Wait until someone asks for a change of the service, and return it; None at the end."""
+        return self._wishes.get()
 
     def note_decisions(self, mode: str, decisions: list[bytes]) -> None:
         """Keep decisions of the autoscaler, oldest first, to explain them."""
@@ -253,6 +299,8 @@ class RouterProcess:
         is left behind, and ends with the process.
         """
         self._state = "STOPPING"
+        self._wishes.put(None)
+        self._placements.give_up()
         if self._metrics is not None:
             self._metrics.close()
         engine, gating = self._engine, self._gating
@@ -331,9 +379,23 @@ class RouterProcess:
             model=self._model_name,
             state="READY",
             dtype=str(self._dtype).removeprefix("torch."),
-            placement_epoch=self._placement.epoch if self._placement else 0,
+            placement_epoch=self._placements.epoch,
             max_model_len=self._max_model_len,
+            scaling=scaling_status(self._service) if self._service else None,
         )
+
+    def wish(self, wish: Wish) -> None:
+        """Ask the process of `serve` for a change of the service; returns at once."""
+        self._wishes.put(wish)
+
+    def is_member(self, group_id: str) -> bool:
+        """Return whether the service has this expert group, as far as this router knows."""
+        return any(member.group_id == group_id for member in self._members)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer; 0 in a dense model."""
+        return self._model.num_experts if self._placement is not None else 0
 
     def group_members(self) -> tuple[GroupMember, ...]:
         """Return the expert groups."""
@@ -350,7 +412,7 @@ class RouterProcess:
 
     def placement(self) -> Placement | None:
         """Return the placement in force."""
-        return self._placement
+        return None if self._dispatcher is None else self._dispatcher.placement
 
     def load_counts(self) -> npt.NDArray[np.int64]:
         """Return `[num_layers, num_experts]` pairs dispatched by this router."""
@@ -384,6 +446,7 @@ class RouterProcess:
             dtype=self._dtype,
             transport=self._config.experts.transport,
             kernels=kernels,
+            patience_s=self._config.experts.patience_s,
             access=self._security.to_groups,
         )
 
@@ -457,6 +520,7 @@ class RouterProcess:
         if self._placement is not None:
             # A dispatcher has one call in flight: the service's own keeps it off the engine's.
             self._gating_dispatcher = self._connect(start, None)
+            self._placements.add(self._gating_dispatcher)
             self._gating = GatingServicer(self._gate, self._gating_dispatcher, start.model_name)
             services.append(gating_service(self._gating))
         return services
@@ -522,5 +586,7 @@ class RouterProcess:
 
 STREAM_END_S = 1.0
 """How long the gateway gets to tell the clients of cut streams what happened."""
+SWITCH_TIMEOUT_S = 20.0
+"""How long a call under way may keep a new placement waiting before the controller asks again."""
 STEP_END_S = 2.0
 """How long the step under way, or a call of `GatingService`, gets to end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cluster.members import ServiceView
 from protos.v1 import cluster_pb2
 from router.engine.config import EngineStats
 from router.engine.latencies import LatencyStats
@@ -103,3 +104,14 @@ def memory_of(info: Mapping[str, object]) -> tuple[int, int]:
         return int(text) if text.isdigit() else 0
 
     return number("used_memory"), number("maxmemory")
+
+
+def scaling_status(view: ServiceView) -> cluster_pb2.ScalingStatus:
+    """Return what is wanted of the service, and how far it is."""
+    return cluster_pb2.ScalingStatus(
+        target_groups=view.target_groups,
+        target_routers=view.target_routers,
+        change=view.change,
+        trouble=view.trouble,
+        is_settled=view.is_settled,
+    )

@@ -5,11 +5,12 @@ A router's life is a row of calls into its actor, each of which ends a phase:
     PREPARE (imports) -> LOAD (trunk) -> START (port) -> CHECK (one token) -> UP
        ^                                                                      |
        +--- WAITING (backoff) <--- its process died, or a call failed --------+---> GIVEN_UP
-                                                         it was drained: STOP +---> LEFT
+                                     it was drained, or is told to: DRAIN, STOP +---> LEFT
 
-The service walks all routers to UP at its start; from then on this file walks those that died, one
-call at a time, while the others serve. Nothing here blocks: the owner waits for the references and
-says which one finished. A router comes back at its old address, so that clients find it again.
+The service walks all routers to UP at its start; from then on this file walks those that died, or
+are added, one call at a time, while the others serve. Nothing here blocks: the owner waits for the
+references and says which one finished. A router comes back at its old address, so that clients find
+it again.
 
 Bounds: the first restart is at once, then after 1, 2, 4, 8 s; a router that `MAX_QUICK_DEATHS`
 times in a row did not stay up for `QUICK_S` is given up. The service ends when none is left.
@@ -42,6 +43,7 @@ class Phase(Enum):
     START = "start"
     CHECK = "check"
     UP = "wait"
+    DRAIN = "drain"
     STOP = "stop"
     WAITING = ""
     GIVEN_UP = "gave up"
@@ -83,6 +85,14 @@ class Recipe(Protocol):
         """Tell the routers that are up who else serves."""
         ...
 
+    def router_leaves(self, router: Router) -> None:
+        """Take note that a router was asked, by someone else, to leave."""
+        ...
+
+    def router_left(self, router: Router) -> None:
+        """Give the place of a router back."""
+        ...
+
 
 @dataclass(slots=True)
 class Router:
@@ -95,9 +105,18 @@ class Router:
     """Of the process that runs, or ran last."""
     ready: RouterReady | None = None
     """What it said when its port was open; kept over a restart."""
+    place: Any = None
+    """Its reservation."""
+    follows: int = 0
+    """Epoch of the placement that its process follows; 0: none yet, or a dense model."""
+    connected: int = 0
+    """Epoch of the newest placement whose groups its process is connected to."""
+    work: Any = None
+    """The reference of a connect or a switch that is under way."""
     phase: Phase = Phase.PREPARE
     pending: Any = None
     """The reference that ends the phase."""
+    was_up: bool = False
     up_since: float = 0.0
     quick_deaths: int = 0
     retry_at: float = 0.0
@@ -155,7 +174,26 @@ class Routers:
     def watch(self) -> None:
         """Begin: every router is up."""
         for router in self.all.values():
+            router.was_up = True
             self._enter_up(router)
+
+    def add(self) -> str:
+        """Start one more router, at the next `tick`; return its id."""
+        taken = {r.index for r in self.all.values() if r.phase is not Phase.LEFT}
+        index = next(i for i in range(len(taken) + 1) if i not in taken)
+        router_id = f"router-{index}"
+        self.all.pop(router_id, None)
+        self.all[router_id] = Router(router_id, index, phase=Phase.WAITING)
+        return router_id
+
+    def drain(self, router_id: str, timeout_s: float) -> None:
+        """Let a router finish what runs, or hand it over after `timeout_s`, and leave."""
+        router = self.all[router_id]
+        if router.phase is Phase.UP:
+            router.phase = Phase.DRAIN
+            router.pending = router.actor.call(Phase.DRAIN.value, timeout_s)
+        else:
+            self._leave(router)
 
     def references(self) -> dict[str, Any]:
         """Return router_id -> the reference to wait for."""
@@ -182,7 +220,7 @@ class Routers:
         try:
             value = self.calls.result(router_id, reference, RouterLostError)
         except ExpertMeshError as error:
-            if router.phase is not Phase.STOP:
+            if router.phase not in (Phase.DRAIN, Phase.STOP):
                 self._died(router, error)
                 return
             value = None
@@ -199,16 +237,24 @@ class Routers:
             router.phase, router.pending = Phase.CHECK, router.actor.call(Phase.CHECK.value)
         elif router.phase is Phase.CHECK:
             assert router.ready is not None  # START came before
+            is_new, router.was_up = not router.was_up, True
             self._enter_up(router)
-            self.progress(f"{router.router_id} is back at {router.ready.address}")
+            back = "serves" if is_new else "is back"
+            self.progress(f"{router.router_id} {back} at {router.ready.address}")
             self.recipe.routers_changed()
-        elif router.phase is Phase.UP:
+        elif router.phase in (Phase.UP, Phase.DRAIN):
+            if router.phase is Phase.UP:
+                self.recipe.router_leaves(router)
             router.phase, router.pending = Phase.STOP, router.actor.call(Phase.STOP.value)
         else:
-            router.phase = Phase.LEFT
-            self._end_process(router)
-            self.progress(f"{router.router_id} was drained and left")
-            self.recipe.routers_changed()
+            self._leave(router)
+
+    def _leave(self, router: Router) -> None:
+        router.phase = Phase.LEFT
+        self._end_process(router)
+        self.recipe.router_left(router)
+        self.progress(f"{router.router_id} was drained and left")
+        self.recipe.routers_changed()
 
     def _enter_up(self, router: Router) -> None:
         router.phase, router.up_since, router.deadline = Phase.UP, self.clock(), float("inf")
@@ -238,6 +284,7 @@ class Routers:
 
     def _end_process(self, router: Router) -> None:
         router.pending, router.deadline = None, float("inf")
+        router.work, router.follows, router.connected = None, 0, 0
         if router.actor is not None:
             self.calls.kill(router.actor)
             router.actor = None

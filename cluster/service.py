@@ -14,10 +14,17 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from cluster.members import GroupMember
+from cluster.members import GroupMember, LeaveWish, PlaceWish, ScaleWish, Wish
+from experts.moves import replan
 from experts.placement import Placement
-from experts.planner import balancedness, group_load, num_moves, plan_placement
-from protos.errors import InvalidFieldError, UnsupportedFeatureError, from_rpc_error
+from experts.planner import balancedness, group_load, num_moves
+from protos.errors import (
+    DeadlineExceededError,
+    InvalidFieldError,
+    StalePlacementError,
+    UnsupportedFeatureError,
+    from_rpc_error,
+)
 from protos.tls import Access
 from protos.v1 import cluster_pb2, cluster_pb2_grpc, experts_pb2, experts_pb2_grpc
 
@@ -25,6 +32,10 @@ ASK_TIMEOUT_S = 2.0
 """How long a member may take to say how it is."""
 DEFAULT_INTERVAL_S = 1.0
 MIN_INTERVAL_S = 0.1
+LOOK_S = 0.1
+"""How often a router looks whether a group that is to go has gone."""
+MAX_ROUTERS = 64
+"""As `router.count`."""
 LOST = "LOST"
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -77,6 +88,19 @@ class RouterView(Protocol):
         """Take nothing new, finish what runs, then end the process; return what was left."""
         ...
 
+    def wish(self, wish: Wish) -> None:
+        """Ask the process of `serve` for a change of the service; returns at once."""
+        ...
+
+    def is_member(self, group_id: str) -> bool:
+        """Return whether the service has this expert group."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer; 0 in a dense model."""
+        ...
+
 
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     """The gRPC side; registered in the router's own server, which maps errors to statuses."""
@@ -111,7 +135,10 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     async def Drain(
         self, request: cluster_pb2.DrainRequest, context: Context
     ) -> cluster_pb2.DrainResponse:
-        """Drain this router, or pass the call on to the one that is named."""
+        """Drain this router or an expert group, or pass the call on to the router that is named.
+
+        For a group it returns when its experts are elsewhere and it has left, or after `timeout_s`.
+        """
         timeout_s = request.timeout_s or self._router.shutdown_timeout_s
         if not timeout_s >= 0:
             raise InvalidFieldError("timeout_s", "must be 0 (the service's own) or more", timeout_s)
@@ -131,17 +158,26 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 return cast(cluster_pb2.DrainResponse, answer)
         groups = [member.group_id for member in self._router.group_members()]
         if target in groups:
-            raise UnsupportedFeatureError("draining an expert group")
+            return await self._drain_group(target, timeout_s)
         known = ", ".join([*routers, *groups])
         raise InvalidFieldError("target", f"must be one of {known}", target)
 
     async def Scale(
         self, request: cluster_pb2.ScaleRequest, context: Context
     ) -> cluster_pb2.ScaleResponse:
-        """Refuse: the number of members is fixed at the start."""
-        raise UnsupportedFeatureError(
-            "changing the number of groups or routers of a running service"
-        )
+        """Want other numbers of groups and routers; the service changes behind this call."""
+        groups = request.expert_groups if request.HasField("expert_groups") else None
+        routers = request.routers if request.HasField("routers") else None
+        num_experts = self._router.num_experts
+        if groups is not None and not num_experts:
+            raise UnsupportedFeatureError("expert groups: the model is dense and has no experts")
+        if groups is not None and not 1 <= groups <= num_experts:
+            rule = f"must be 1 to {num_experts}, the experts of a layer"
+            raise InvalidFieldError("expert_groups", rule, groups)
+        if routers is not None and not 1 <= routers <= MAX_ROUTERS:
+            raise InvalidFieldError("routers", f"must be 1 to {MAX_ROUTERS}", routers)
+        self._router.wish(ScaleWish(groups, routers))
+        return cluster_pb2.ScaleResponse()
 
     async def PlanPlacement(
         self, request: cluster_pb2.PlanPlacementRequest, context: Context
@@ -156,9 +192,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         if len(capacities) < len(request.groups):
             raise InvalidFieldError("groups", "must not name a group twice", len(request.groups))
         load = self._router.load_counts()
-        after = plan_placement(
-            before.num_layers, before.num_experts, capacities, load, before.epoch + 1
-        )
+        after = replan(before, capacities, load, even=True)
         shares = group_load(after, load).sum(axis=0)
         total = float(shares.sum()) or 1.0
         held = {
@@ -182,8 +216,35 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     async def ApplyPlacement(
         self, request: cluster_pb2.ApplyPlacementRequest, context: Context
     ) -> cluster_pb2.ApplyPlacementResponse:
-        """Refuse: experts stay where they were placed at the start."""
-        raise UnsupportedFeatureError("changing the placement of a running service")
+        """Want the placement that `PlanPlacement` shows for the groups that run."""
+        placement = self._router.placement()
+        if placement is None:
+            raise UnsupportedFeatureError("a placement: the model is dense and has no experts")
+        if request.expected_epoch not in (0, placement.epoch):
+            raise StalePlacementError(0, 0, placement.epoch, request.expected_epoch)
+        for group in request.groups:
+            if not self._router.is_member(group.group_id):
+                known = ", ".join(member.group_id for member in self._router.group_members())
+                raise InvalidFieldError(
+                    "groups.group_id", f"must be one of {known}", group.group_id
+                )
+            if not 0 < group.capacity < float("inf"):
+                raise InvalidFieldError("groups.capacity", "must be above 0", group.capacity)
+        capacities = {group.group_id: group.capacity for group in request.groups}
+        self._router.wish(PlaceWish(capacities, self._router.load_counts()))
+        return cluster_pb2.ApplyPlacementResponse(placement_epoch=placement.epoch)
+
+    async def _drain_group(self, group_id: str, timeout_s: float) -> cluster_pb2.DrainResponse:
+        if len(self._router.group_members()) <= 1:
+            raise InvalidFieldError("target", "must not be the only expert group", group_id)
+        self._router.wish(LeaveWish(group_id))
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._router.is_member(group_id):
+            left_s = deadline - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                raise DeadlineExceededError(f"draining {group_id}", timeout_s)
+            await asyncio.sleep(min(LOOK_S, left_s))
+        return cluster_pb2.DrainResponse()
 
     async def ExplainAutoscale(
         self, request: cluster_pb2.ExplainAutoscaleRequest, context: Context

@@ -62,6 +62,7 @@ def print_status(status: cluster_pb2.ClusterStatus) -> None:
         f"  placement epoch {status.placement_epoch}",
         markup=False,
     )
+    print_scaling(status, console)
     routers = table(
         "routers",
         "id",
@@ -121,6 +122,19 @@ def print_status(status: cluster_pb2.ClusterStatus) -> None:
             f"{group.busy_s:.2f}",
         )
     console.print(groups)
+
+
+def print_scaling(status: cluster_pb2.ClusterStatus, console: Console) -> None:
+    """Print what is wanted of the service where it is not so, and why."""
+    scaling = status.scaling
+    if status.HasField("scaling") and not scaling.is_settled:
+        console.print(
+            f"wanted: {scaling.target_groups} expert groups, {scaling.target_routers} routers",
+            markup=False,
+        )
+        console.print(f"  {scaling.change or 'waiting'}", style="dim", markup=False)
+    if scaling.trouble:
+        console.print(f"  not possible: {scaling.trouble}", style="bold red", markup=False)
 
 
 def print_cache(status: cluster_pb2.ClusterStatus, console: Console) -> None:

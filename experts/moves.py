@@ -7,6 +7,9 @@ smallest that these counts allow. Which ones a group gives away, and who gets th
 load: a group gives the expert whose load comes nearest to what it has too much of, each; the
 heaviest one goes first, to the group whose load per capacity is least.
 
+With `even`, experts are then exchanged between the most and the least loaded group of a layer as
+long as that lowers the higher of the two loads: more moves, for an operator who asks for them.
+
 A worked sum: one layer, 6 experts, a holds 0 1 2, b holds 3 4 5, c is new, capacities equal. Each
 is to hold 2. Without load figures a gives 2 and b gives 5, both to c: two moves.
 
@@ -25,12 +28,17 @@ import numpy.typing as npt
 from experts.placement import NO_GROUP, Placement
 from experts.planner import Load, check_load, relative_shares, slots_per_layer
 
+LEAST_GAIN = 0.01
+"""Part of the highest load of a layer that an exchange must save."""
+
 
 def replan(
     before: Placement,
     capacities: Mapping[str, float],
     load: Load | None = None,
     lost: Collection[str] = (),
+    *,
+    even: bool = False,
 ) -> Placement:
     """Place one copy of every logical expert on these groups, moving as few as possible.
 
@@ -39,6 +47,7 @@ def replan(
         capacities: Relative share of the experts by group id; 0 keeps a group empty.
         load: `[L, E]` token-expert pairs counted so far; None weighs all experts alike.
         lost: Groups that hold nothing any more, whatever `before` says.
+        even: Exchange experts, too, where that evens out the load.
 
     Returns:
         A placement of the next epoch, `groups` in the order of `capacities`.
@@ -61,7 +70,10 @@ def replan(
     table = np.empty((num_layers, num_experts, 1), np.int32)
     for layer_id, counts_G in enumerate(counts_LG):
         holder_E = new_of_old[before.expert_to_group[layer_id, :, 0]]
-        table[layer_id, :, 0] = _move(holder_E, weights_LE[layer_id], counts_G, shares)
+        to_E = _move(holder_E, weights_LE[layer_id], counts_G, shares)
+        if even:
+            _exchange(to_E, weights_LE[layer_id], shares)
+        table[layer_id, :, 0] = to_E
     return Placement(epoch=before.epoch + 1, groups=tuple(capacities), expert_to_group=table)
 
 
@@ -95,3 +107,24 @@ def _move(
         room_G[group] -= 1
         load_G[group] += weight_E[expert_id]
     return to_E
+
+
+def _exchange(
+    to_E: npt.NDArray[np.int32],
+    weight_E: npt.NDArray[np.float64],
+    shares: npt.NDArray[np.float64],
+) -> None:
+    """Exchange experts of one layer in place, the best pair first; at most one pair an expert."""
+    used = np.flatnonzero(shares > 0)
+    for _ in range(len(to_E)):
+        load_G = np.bincount(to_E, weights=weight_E, minlength=len(shares))[used] / shares[used]
+        high, low = used[int(np.argmax(load_G))], used[int(np.argmin(load_G))]
+        ours, theirs = np.flatnonzero(to_E == high), np.flatnonzero(to_E == low)
+        if high == low or not len(ours) or not len(theirs):
+            return
+        shift = weight_E[ours][:, None] - weight_E[theirs][None, :]
+        after = np.maximum(load_G.max() - shift / shares[high], load_G.min() + shift / shares[low])
+        best = np.unravel_index(int(np.argmin(after)), after.shape)
+        if after[best] >= load_G.max() * (1 - LEAST_GAIN):
+            return
+        to_E[ours[best[0]]], to_E[theirs[best[1]]] = low, high

@@ -183,13 +183,14 @@ class StoreStatus(_message.Message):
     def __init__(self, role: _Optional[str] = ..., address: _Optional[str] = ..., breaker: _Optional[str] = ..., failures: _Optional[int] = ..., used_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., last_error: _Optional[str] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("model", "dtype", "placement_epoch", "max_model_len", "routers", "groups", "state", "progress")
+    __slots__ = ("model", "dtype", "placement_epoch", "max_model_len", "routers", "groups", "scaling", "state", "progress")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     ROUTERS_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    SCALING_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     model: str
@@ -198,9 +199,24 @@ class ClusterStatus(_message.Message):
     max_model_len: int
     routers: _containers.RepeatedCompositeFieldContainer[RouterStatus]
     groups: _containers.RepeatedCompositeFieldContainer[GroupStatus]
+    scaling: ScalingStatus
     state: str
     progress: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., dtype: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., max_model_len: _Optional[int] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[GroupStatus, _Mapping]]] = ..., state: _Optional[str] = ..., progress: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., dtype: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., max_model_len: _Optional[int] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[GroupStatus, _Mapping]]] = ..., scaling: _Optional[_Union[ScalingStatus, _Mapping]] = ..., state: _Optional[str] = ..., progress: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ScalingStatus(_message.Message):
+    __slots__ = ("target_groups", "target_routers", "change", "trouble", "is_settled")
+    TARGET_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    IS_SETTLED_FIELD_NUMBER: _ClassVar[int]
+    target_groups: int
+    target_routers: int
+    change: str
+    trouble: str
+    is_settled: bool
+    def __init__(self, target_groups: _Optional[int] = ..., target_routers: _Optional[int] = ..., change: _Optional[str] = ..., trouble: _Optional[str] = ..., is_settled: _Optional[bool] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("target", "timeout_s")

@@ -175,7 +175,9 @@ class ExpertDispatcher:
             GroupLostError: A group cannot be reached; nothing has changed.
         """
         assert self._dialer is not None  # only a dispatcher that `connect` made gets placements
-        links = self._dialer.links(placement.groups, group_addresses, self._route.links)
+        with self._news:
+            newest = self._next or self._route  # its links last until the new route is offered
+        links = self._dialer.links(placement.groups, group_addresses, newest.links)
         options = replace(self._route.options, placement_epoch=placement.epoch)
         return self._new_route(placement, links, options)
 
@@ -187,10 +189,15 @@ class ExpertDispatcher:
         with self._news:
             superseded, self._next = self._next, route
             if superseded is not None:
-                superseded.close(except_for=route)
+                superseded.close(route, self._route)
             if not self._in_flight:
                 self._adopt()
             self._news.notify_all()
+
+    def discard(self, route: Route) -> None:
+        """Close what a route that is never offered does not share with the one in use."""
+        with self._news:
+            route.close(self._route, *([self._next] if self._next else []))
 
     def wait_adopted(self, epoch: int, timeout_s: float) -> bool:
         """Wait until calls follow the placement of this epoch or a later one; whether they do."""
@@ -300,7 +307,7 @@ class ExpertDispatcher:
         self.give_up()
         with self._news:
             if self._next is not None:
-                self._next.close(except_for=self._route)
+                self._next.close(self._route)
                 self._next = None
         self._route.close()
 
@@ -326,7 +333,7 @@ class ExpertDispatcher:
         if self._next is None:
             return
         before, self._route, self._next = self._route, self._next, None
-        before.close(except_for=self._route)
+        before.close(self._route)
         log.info("event=placement_adopted epoch=%d", self.placement.epoch)
         self._news.notify_all()
 

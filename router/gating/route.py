@@ -218,10 +218,11 @@ class Route:
         for transport in self.transports:
             transport.close()
 
-    def close(self, *, except_for: Route | None = None) -> None:
-        """Close the links for good, but not those that another route has, too."""
+    def close(self, *except_for: Route) -> None:
+        """Close the links for good, but not those that other routes have, too."""
+        kept = [link for route in except_for for link in route.links]
         for link in self.links:
-            if except_for is None or link not in except_for.links:
+            if link not in kept:
                 link.close()
 
     def _sum_partial(self, call: PackedCall, called: list[int]) -> Tensor:

@@ -54,6 +54,7 @@ COMMANDS = {
     "million_tokens": Command(quick=("--tokens", "65536"), takes_checkpoint=False),
     "cancel_leak": Command(quick=("--requests", "100")),
     "kill_router": Command(quick=("--kills", "4", "--turns", "2")),
+    "scale_cycles": Command(quick=("--changes", "4", "--kills", "1")),
     "write_through": Command(quick=("--repeats", "2", "--new", "160")),
     "resume_ttft": Command(quick=("--repeats", "1", "--lengths", "256", "2048")),
     "restore_frac": Command(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from cluster.status import ask_status
 from protos.client import Client
 from tests.eventually import eventually
 from tests.integration.served import ROOT, Served, clean_environment, is_running, run_cli
@@ -102,3 +103,27 @@ def test_too_few_cpus_say_what_is_missing(ray_head: RayHead, checkpoint: Path) -
     assert "waiting for nodes: the Ray cluster lacks 1 CPU (need 4, have 3)" in answer.stderr
     assert "not enough nodes in the Ray cluster: need 4 CPU, have 3 CPU" in answer.stderr
     assert "lower --expert-groups" in answer.stderr
+
+
+def test_a_number_that_no_node_can_hold_leaves_the_service_as_it_is(
+    ray_head: RayHead, checkpoint: Path
+) -> None:
+    with Served(checkpoint, "--ray-address", ray_head.address, env=ray_head.settings) as service:
+        answer = run_cli("scale", "--expert-groups", "4", "--url", service.address)
+        assert answer.returncode == 0, answer.stderr
+
+        def is_said() -> bool:
+            scaling = ask_status(service.address).scaling
+            return "the Ray cluster lacks 1 CPU (need 4, have 3)" in scaling.change
+
+        assert eventually(is_said, 90)
+        status = ask_status(service.address)
+        assert not status.scaling.is_settled
+        assert [group.group_id for group in status.groups] == ["group-0"]
+        with Client(service.address) as client:
+            assert len(client.complete([1, 2, 3], max_tokens=4, ignore_eos=True).token_ids) == 4
+        wanted = ("scale", "--expert-groups", "1", "--wait", "--timeout", "80")
+        answer = run_cli(*wanted, "--url", service.address)
+        assert answer.returncode == 0, answer.stderr
+        assert "expert groups 1 of 1" in answer.stdout
+        assert eventually(lambda: len(ray_head.actors()) == 2, 20)

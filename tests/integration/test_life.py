@@ -107,14 +107,6 @@ def test_sigkill_leaves_nothing(checkpoint: Path, tmp: str) -> None:
         assert eventually(lambda: os.listdir(tmp) == [], 10)
 
 
-def test_a_dead_group_ends_the_service_with_its_name(checkpoint: Path) -> None:
-    with Served(checkpoint, "--expert-groups", "solo:1") as service:
-        service.process_named("ExpertGroupActor").kill()
-        assert service.wait() == 5
-        assert any("expert group solo is lost" in line for line in service.errors)
-        assert service.survivors() == []
-
-
 def test_a_sigterm_during_the_start_leaves_nothing(checkpoint: Path, tmp: str) -> None:
     service = Served(checkpoint, "--expert-groups", "2", tmp=tmp)
     try:

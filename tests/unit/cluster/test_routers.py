@@ -26,6 +26,7 @@ RESULTS = {
     "load": 1,
     "start": RouterReady(address="10.0.0.1:50051", num_kv_blocks=8),
     "check": None,
+    "drain": 0,
     "stop": None,
 }
 
@@ -48,6 +49,8 @@ class World:
     num_spawned: int = 0
     reported: list[tuple[str, str]] = field(default_factory=list)
     num_told: int = 0
+    leaving: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     ports: list[int | None] = field(default_factory=list)
     spawn_error: ExpertMeshError | None = None
     errors: dict[str, ExpertMeshError] = field(default_factory=dict)
@@ -83,12 +86,18 @@ class World:
     def routers_changed(self) -> None:
         self.num_told += 1
 
+    def router_leaves(self, router: Router) -> None:
+        self.leaving.append(router.router_id)
+
+    def router_left(self, router: Router) -> None:
+        self.left.append(router.router_id)
+
 
 @dataclass
 class FakeActor:
     router_id: str
 
-    def call(self, method: str) -> Call:
+    def call(self, method: str, *args: Any) -> Call:
         return Call(self.router_id, method)
 
 
@@ -228,7 +237,46 @@ def test_a_drained_router_stops_and_leaves(world: World, routers: Routers) -> No
     assert routers.addresses().keys() == {"router-1"}
     assert world.num_told == 1
     assert world.said == ["router-0 was drained and left"]
+    assert (world.leaving, world.left) == (["router-0"], ["router-0"])
     routers.finished("router-1")
     die(world, routers, "router-1")  # while it stops: it leaves all the same
     assert routers.is_over
     assert routers.given_up == []
+
+
+def test_a_router_is_added_and_takes_the_place_of_one_that_left(
+    world: World, routers: Routers
+) -> None:
+    assert routers.add() == "router-2"
+    run_to_up(routers, "router-2")
+    assert world.said == ["router-2 serves at 10.0.0.1:50051"]
+    routers.drain("router-1", 3.0)
+    assert routers.all["router-1"].phase is Phase.DRAIN
+    assert "router-1" in routers.addresses(), "it serves what it has"
+    routers.finished("router-1")
+    assert routers.all["router-1"].phase is Phase.STOP
+    routers.finished("router-1")
+    assert (world.leaving, world.left) == ([], ["router-1"]), "nobody asked the router itself"
+    assert routers.add() == "router-1"
+    assert routers.all["router-1"].port is None, "it is a new one"
+
+
+@pytest.mark.parametrize("phase", [Phase.DRAIN, Phase.STOP])
+def test_a_router_that_dies_while_it_leaves_has_left(
+    world: World, routers: Routers, phase: Phase
+) -> None:
+    routers.drain("router-0", 3.0)
+    while routers.all["router-0"].phase is not phase:
+        routers.finished("router-0")
+    while routers.all["router-0"].phase is not Phase.LEFT:
+        die(world, routers)
+    assert world.left == ["router-0"]
+    assert world.num_spawned == 0
+
+
+def test_a_router_that_is_down_leaves_at_once(world: World, routers: Routers) -> None:
+    die(world, routers)
+    routers.drain("router-0", 3.0)
+    assert routers.all["router-0"].phase is Phase.LEFT
+    routers.tick()
+    assert world.num_spawned == 0

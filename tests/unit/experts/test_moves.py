@@ -84,6 +84,18 @@ def test_load_decides_which_ones_move() -> None:
     assert balancedness(after, even, {"a": 1, "b": 1}) == 1.0
 
 
+def test_exchanges_even_out_the_load_of_groups_that_stay() -> None:
+    """One holds all the hot experts: an exchange of three pairs is even; without it none moves."""
+    before = plan_placement(1, 12, {"a": 1, "b": 1})
+    load = np.array([[10] * 6 + [0] * 6])
+    shares = {"a": 1.0, "b": 1.0}
+    assert num_moves(before, replan(before, shares, load)) == 0
+    after = replan(before, shares, load, even=True)
+    assert balancedness(after, load, shares) == 1.0
+    assert num_moves(before, after) == 6
+    assert num_moves(after, replan(after, shares, load, even=True)) == 0
+
+
 def test_figures_that_make_no_sense_are_refused() -> None:
     before = plan_placement(1, 4, {"a": 1.0})
     with pytest.raises(ConfigurationError, match="above 0"):

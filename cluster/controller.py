@@ -1,0 +1,345 @@
+"""What to do next so that a running service becomes the one that is wanted. Pure.
+
+`step` looks at the service and at the target and returns actions; it is called again whenever
+something has happened, and whatever it asked for twice is already under way (`busy`). Knows neither
+Ray nor clocks nor sockets: `cluster.scaling` observes and acts.
+
+How the groups change, one change at a time:
+
+    start   new groups begin: a node, a process, imports
+    plan    all that are to hold experts run: a placement of the next epoch, with the fewest moves
+    load    every group loads what the plan gives it, beside what it holds
+    connect every router connects to the groups of the plan, beside those it uses
+    switch  every router follows the plan from its next call on; no router is asked before all have
+            connected, so the plan can still be abandoned until here
+    commit  the plan is the placement in force
+    trim    groups forget what it does not give them; those that it does not name leave
+
+An expert is dropped, and a group ended, only when every router follows a placement in force that
+has the expert elsewhere. So the only copy is never removed, and a call that is sent by the old
+placement meets the expert where it was.
+
+A group that dies has lost its experts: a plan is due at once, for the groups that are left, and
+again when its process is back. Calls for its experts wait in the routers meanwhile.
+
+Words: a *target* is what someone wants; a group *holds* a placement of some epoch when it has all
+experts that this placement gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from experts.moves import replan
+from experts.placement import Placement
+from experts.planner import Load, num_moves
+
+
+class GroupPhase(Enum):
+    """What a group is doing, as the controller sees it."""
+
+    STARTING = "STARTING"
+    """Waits for a node, or for its process."""
+    RUNNING = "RUNNING"
+    """Its process answers."""
+    LEAVING = "LEAVING"
+    """Its process is told to end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupView:
+    """One expert group."""
+
+    phase: GroupPhase
+    holds: int = 0
+    """Epoch of the newest placement that it holds; 0: its process has no experts."""
+    trimmed: int = 0
+    """Epoch of the newest placement beyond which it holds nothing."""
+    busy: bool = False
+    """Loads or forgets."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process answers."""
+        return self.phase is GroupPhase.RUNNING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterView:
+    """One router."""
+
+    is_up: bool
+    """It serves."""
+    follows: int
+    """Epoch of the placement that its calls follow; 0: its process has none yet."""
+    connected: int = 0
+    """Epoch of the newest placement whose groups it is connected to."""
+    busy: bool = False
+    """Connects or switches."""
+    is_leaving: bool = False
+    """It serves what it has, takes nothing new, and does not count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """The service as it is."""
+
+    placement: Placement | None
+    """In force; None in a dense model, which has no groups."""
+    plan: Placement | None = None
+    """Being brought about."""
+    groups: Mapping[str, GroupView]
+    """In the order in which they were started."""
+    routers: Mapping[str, RouterView]
+    """Those that serve or start, by age."""
+    order: int = 0
+    """Of the target, when the last plan was made."""
+    load: Load | None = None
+    """`[layers, experts]` pairs, where someone counted."""
+    retry_at: float = 0.0
+    """A plan failed; none before."""
+    failed: frozenset[str] = frozenset()
+    """The groups of that plan: with others it may be tried at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The service as it should be."""
+
+    groups: int
+    routers: int
+    capacities: Mapping[str, float] = field(default_factory=dict)
+    """Relative share of the experts by group id; 1 where none is given."""
+    leaving: frozenset[str] = frozenset()
+    """Groups and routers that are to go before others."""
+    order: int = 0
+    """Counts the times that someone asked for another placement."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartGroup:
+    """Reserve a place and start a group there."""
+
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopGroup:
+    """End a group that nobody needs, and give its place back."""
+
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Begin to bring this placement about."""
+
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class LoadGroup:
+    """Let a group load what the plan gives it."""
+
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """Let a group forget what the placement in force does not give it."""
+
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Let a router connect to the groups of the plan."""
+
+    router_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """Let a router follow the plan from its next call on."""
+
+    router_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The plan is the placement in force."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Forget the plan; where routers follow it already, it is in force."""
+
+
+@dataclass(frozen=True, slots=True)
+class AddRouter:
+    """Start one more router."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRouter:
+    """Let a router finish or hand over its requests, and leave."""
+
+    router_id: str
+
+
+Action = (
+    StartGroup
+    | StopGroup
+    | Plan
+    | LoadGroup
+    | Trim
+    | Connect
+    | Switch
+    | Commit
+    | Abandon
+    | AddRouter
+    | DrainRouter
+)
+
+
+def step(observed: Observed, target: Target, now: float) -> list[Action]:
+    """Return what to do now; empty while everything is under way, or done.
+
+    Args:
+        observed: The service.
+        target: What is wanted of it; at least one group and one router.
+        now: Seconds, on the clock of `Observed.retry_at`.
+    """
+    if observed.placement is None:
+        return _number_of_routers(observed, target)
+    actions = _number_of_groups(observed, target, now)
+    if observed.plan is None:
+        actions += _plan_or_clean(observed, observed.placement, target, now)
+    else:
+        actions += _bring_about(observed, observed.plan)
+    return actions + _number_of_routers(observed, target)
+
+
+def members(observed: Observed, target: Target) -> list[str]:
+    """Return the running groups that are to hold experts.
+
+    Those that hold some go first, in the order of the placement; what someone wants to leave goes
+    last, and a group that is older stays before one that is newer.
+    """
+    groups = observed.groups
+    placed = observed.placement.groups if observed.placement else ()
+    running = [g for g in groups if groups[g].is_running]
+
+    def rank(group_id: str) -> tuple[bool, bool]:
+        holds = groups[group_id].holds > 0 and group_id in placed
+        return group_id in target.leaving, not holds
+
+    # Sorting is stable: ties stay in the order in which the groups were started.
+    return sorted(running, key=rank)[: target.groups]
+
+
+def is_settled(observed: Observed, target: Target) -> bool:
+    """Return whether the service is as wanted: nothing to do and nothing under way."""
+    return (
+        observed.plan is None
+        and len(observed.groups) == (target.groups if observed.placement else 0)
+        and all(g.is_running and g.holds and not g.busy for g in observed.groups.values())
+        and set(observed.placement.groups if observed.placement else ()) == set(observed.groups)
+        and len(observed.routers) == target.routers
+        and all(r.is_up and not (r.busy or r.is_leaving) for r in observed.routers.values())
+        and observed.order == target.order
+    )
+
+
+def _number_of_groups(observed: Observed, target: Target, now: float) -> list[Action]:
+    staying = [g for g, view in observed.groups.items() if view.phase is not GroupPhase.LEAVING]
+    excess = len(staying) - target.groups
+    if excess < 0 and now >= observed.retry_at:
+        return [StartGroup(name) for name in _free_names(observed.groups, -excess)]
+    # Newest first. Those that hold experts leave when a placement without them is in force.
+    placements = (observed.placement, observed.plan)
+    named = {group for placement in placements if placement for group in placement.groups}
+    idle = [g for g in staying if not (observed.groups[g].busy or observed.groups[g].holds)]
+    useless = [g for g in idle if g not in named]
+    return [StopGroup(g) for g in useless[::-1][: max(0, excess)]]
+
+
+def _free_names(taken: Mapping[str, GroupView], count: int) -> list[str]:
+    names = (f"group-{i}" for i in range(len(taken) + count))
+    return [name for name in names if name not in taken][:count]
+
+
+def _plan_or_clean(
+    observed: Observed, placement: Placement, target: Target, now: float
+) -> list[Action]:
+    """Begin a change that is due, or remove what the last one left."""
+    groups, routers = observed.groups, observed.routers
+    chosen = members(observed, target)
+    lost = [g for g in placement.groups if g not in groups or not groups[g].holds]
+    is_behind = any(r.is_up and r.follows < placement.epoch for r in routers.values())
+    is_ordered = observed.order < target.order
+    if not chosen:
+        return []
+    may_try = now >= observed.retry_at or observed.failed != frozenset(chosen)
+    if lost or is_behind or is_ordered or set(chosen) != set(placement.groups):
+        others = [g for g in groups.values() if g.phase is GroupPhase.STARTING]
+        waits = len(chosen) < target.groups and bool(others) and not (lost or is_behind)
+        if waits or not may_try or any(groups[g].busy for g in chosen):
+            return []
+        capacities = {g: target.capacities.get(g, 1.0) for g in _in_order(placement, chosen)}
+        plan = replan(placement, capacities, observed.load, lost, even=is_ordered)
+        is_same = not num_moves(placement, plan) and plan.groups == placement.groups
+        if not is_same or lost or is_behind or is_ordered:
+            return [Plan(plan)]
+    # A router that starts has been sent the placement in force, or one before: it must catch up.
+    if any(0 < r.follows < placement.epoch for r in routers.values()):
+        return []
+    actions: list[Action] = []
+    for group_id, view in groups.items():
+        if not view.is_running or view.busy:
+            continue
+        if group_id in placement.groups:
+            if view.holds and view.trimmed < placement.epoch:
+                actions.append(Trim(group_id))
+        elif view.holds:
+            actions.append(StopGroup(group_id))
+    return actions
+
+
+def _in_order(placement: Placement, chosen: list[str]) -> list[str]:
+    """Return the groups that the placement names first, in its order."""
+    kept = [g for g in placement.groups if g in chosen]
+    return kept + [g for g in chosen if g not in kept]
+
+
+def _bring_about(observed: Observed, plan: Placement) -> list[Action]:
+    """Take the next steps of a plan."""
+    groups, epoch = observed.groups, plan.epoch
+    if any(g not in groups or not groups[g].is_running for g in plan.groups):
+        return [Abandon()]
+    loading = [g for g in plan.groups if groups[g].holds < epoch]
+    if loading:
+        return [LoadGroup(g) for g in loading if not groups[g].busy]
+    up = {name: r for name, r in observed.routers.items() if r.is_up}
+    away = [name for name, r in up.items() if r.connected < epoch]
+    if away:
+        return [Connect(name) for name in away if not up[name].busy]
+    behind = [name for name, r in up.items() if r.follows < epoch]
+    if behind:
+        return [Switch(name) for name in behind if not up[name].busy]
+    # One that starts was sent the placement before: it is asked when it is up.
+    if any(0 < r.follows < epoch for r in observed.routers.values()):
+        return []
+    return [Commit()]
+
+
+def _number_of_routers(observed: Observed, target: Target) -> list[Action]:
+    names = [name for name, router in observed.routers.items() if not router.is_leaving]
+    missing = target.routers - len(names)
+    if missing >= 0:
+        return [AddRouter()] * missing
+    leaving = [name for name in names if name in target.leaving]
+    leaving += [name for name in names[::-1] if name not in target.leaving]
+    return [DrainRouter(name) for name in leaving[:-missing]]

@@ -1,0 +1,370 @@
+"""Carries out what the controller wants: the thin part between `cluster.controller` and Ray.
+
+Keeps what the controller observes (placement in force, plan, what every group holds and every
+router follows), starts what its actions ask for, and takes the results. Nothing here blocks: the
+owner waits for `references` and says which one finished.
+
+Wishes come from any router (`ClusterService.Scale`, `ApplyPlacement`, `Drain` of a group): each has
+a call `next_wish` open at all times, which returns when someone asks it for something. So the
+process of `serve` needs no port and no password of its own, a wish takes the way that Ray has
+authenticated already, and a router that dies takes nothing with it but its own open call.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster import controller
+from cluster.controller import GroupPhase, Observed, RouterView, Target
+from cluster.groups import Group, Groups
+from cluster.members import GroupMember, LeaveWish, PlaceWish, ScaleWish, ServiceView, Wish
+from cluster.routers import Calls, Phase, Router, Routers
+from experts.placement import Placement
+from protos.errors import ExpertMeshError, GroupLostError, RouterLostError
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 30.0
+"""After a plan or a start that failed; with other groups a plan is tried at once."""
+MAX_STEPS = 20
+"""Steps of the controller in a row before the loop looks at Ray again."""
+
+
+class Site(Protocol):
+    """How the service reaches its processes; every method returns at once."""
+
+    def call_load_experts(self, group: Group, placement: Placement) -> Any:
+        """Start loading what the placement gives the group; ends with its address."""
+        ...
+
+    def missing_nodes(self) -> str:
+        """Return what the cluster lacks for another group, in words."""
+        ...
+
+
+@dataclass(slots=True)
+class Scaling:
+    """Makes the running service the one that is wanted.
+
+    Args:
+        calls: The seam to Ray.
+        site: The service.
+        progress: Takes a sentence for the user.
+        groups: The expert groups.
+        routers: The routers.
+        target: What is wanted; `scale` changes it.
+        placement: In force; None in a dense model.
+        drain_timeout_s: How long the requests of a router that is to go get.
+        clock: Monotonic seconds.
+    """
+
+    calls: Calls
+    site: Site
+    progress: Callable[[str], None]
+    groups: Groups
+    routers: Routers
+    target: Target
+    drain_timeout_s: float
+    placement: Placement | None = None
+    clock: Callable[[], float] = time.monotonic
+    plan: Placement | None = None
+    _last_epoch: int = 0
+    _order: int = 0
+    _is_published: bool = False
+    """Some router may follow the plan: it cannot be undone any more."""
+    _load: npt.NDArray[np.int64] | None = None
+    _retry_at: float = 0.0
+    _failed: frozenset[str] = frozenset()
+    _trouble: str = ""
+    _wishes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """router_id -> (actor, reference) of its open `next_wish`."""
+    _told: tuple[ServiceView, tuple[Any, ...]] | None = None
+    """What the routers were last told, and which processes."""
+
+    # What others may ask for, all at once answered.
+
+    def scale(self, expert_groups: int | None = None, routers: int | None = None) -> None:
+        """Want so many expert groups and routers from now on; returns at once.
+
+        This is the entry for whoever decides the numbers (the command line, the autoscaler). The
+        service changes in the background, one change at a time, while requests go on; a later call
+        replaces an earlier one at any time. What cannot be had (no node, no memory) leaves the
+        service as it is, is said in `view().trouble`, and is tried again.
+
+        Args:
+            expert_groups: 1 or more; None leaves their number. Without effect in a dense model.
+            routers: 1 or more; None leaves their number.
+        """
+        self.target = replace(
+            self.target,
+            groups=expert_groups or self.target.groups,
+            routers=routers or self.target.routers,
+            leaving=frozenset(),
+        )
+        self._retry_at, self._trouble, self.groups.trouble = 0.0, "", ""
+
+    def leave(self, group_id: str) -> None:
+        """Want one expert group less, and this one to go."""
+        if group_id not in self.groups.all or self.target.groups <= 1:
+            return
+        self.scale(self.target.groups - 1)
+        self.target = replace(self.target, leaving=frozenset({group_id}))
+
+    def place(self, capacities: Mapping[str, float], load: npt.NDArray[np.int64] | None) -> None:
+        """Want a new placement with these shares, balanced by this load."""
+        self.target = replace(
+            self.target,
+            capacities={**self.target.capacities, **capacities},
+            order=self.target.order + 1,
+        )
+        for group_id, capacity in capacities.items():
+            if group_id in self.groups.all:
+                self.groups.all[group_id].capacity = capacity
+        self._load = load
+        self._retry_at, self._trouble = 0.0, ""
+
+    def view(self) -> ServiceView:
+        """Return what every router says of the whole service."""
+        return ServiceView(
+            groups=tuple(self.members()),
+            routers=self.routers.addresses(),
+            target_groups=self.target.groups if self.placement else 0,
+            target_routers=self.target.routers,
+            change=self._change(),
+            trouble=self._trouble or self.groups.trouble,
+            is_settled=controller.is_settled(self._observe(), self.target),
+        )
+
+    def members(self) -> list[GroupMember]:
+        """Return the groups that can be reached."""
+        return [group.member() for group in self.groups.all.values() if group.address]
+
+    # The loop.
+
+    def references(self) -> dict[str, Any]:
+        """Return name -> what to wait for: work of groups and routers, and wishes."""
+        for router in self.routers.all.values():
+            actor, _ = self._wishes.get(router.router_id, (None, None))
+            if router.phase is Phase.UP and actor is not router.actor:
+                self._wishes[router.router_id] = router.actor, router.actor.call("next_wish")
+        found = {
+            f"{g.group_id}/work": g.work for g in self.groups.all.values() if g.work is not None
+        }
+        for router in self.routers.all.values():
+            if router.work is not None:
+                found[f"{router.router_id}/work"] = router.work
+        wishes = {f"{name}/wish": reference for name, (_, reference) in self._wishes.items()}
+        return found | wishes
+
+    def finished(self, key: str) -> None:
+        """Take the result of one of `references`, which has finished or failed."""
+        name, _, kind = key.partition("/")
+        if kind == "wish":
+            self._take_wish(name)
+        elif name in self.groups.all:
+            self._group_worked(self.groups.all[name])
+        elif name in self.routers.all:
+            self._router_worked(self.routers.all[name])
+
+    def tick(self) -> None:
+        """Start what is due, and tell the routers what has changed."""
+        for _ in range(MAX_STEPS):
+            actions = controller.step(self._observe(), self.target, self.clock())
+            for action in actions:
+                self._do(action)
+            if not actions:
+                break
+        self._tell()
+
+    def group_died(self, group_id: str) -> None:
+        """Take note that a group's process has ended."""
+        if self.groups.all[group_id].was_up is False:
+            self._retry_at = self.clock() + RETRY_S
+        if self.plan is not None and group_id in self.plan.groups:
+            self._abandon()
+
+    def router_left(self) -> None:
+        """Take note that a router leaves because someone asked the router itself."""
+        self.target = replace(self.target, routers=self.target.routers - 1)
+
+    def _observe(self) -> Observed:
+        gone = (Phase.STOP, Phase.LEFT)
+        return Observed(
+            placement=self.placement,
+            plan=self.plan,
+            groups={g.group_id: g.view() for g in self.groups.all.values()},
+            routers={
+                r.router_id: RouterView(
+                    is_up=r.phase in (Phase.UP, Phase.DRAIN),
+                    is_leaving=r.phase is Phase.DRAIN,
+                    follows=r.follows,
+                    connected=r.connected,
+                    busy=r.work is not None,
+                )
+                for r in self.routers.all.values()
+                if r.phase not in gone
+            },
+            order=self._order,
+            load=self._load,
+            retry_at=self._retry_at,
+            failed=self._failed,
+        )
+
+    def _do(self, action: controller.Action) -> None:
+        log.info("scaling action=%s", type(action).__name__)
+        match action:
+            case controller.StartGroup(group_id):
+                self.progress(f"starting {group_id}")
+                self.groups.start(group_id, self.target.capacities.get(group_id, 1.0))
+            case controller.StopGroup(group_id):
+                self.groups.stop(group_id)
+            case controller.Plan(placement):
+                self._begin(placement)
+            case controller.LoadGroup(group_id):
+                assert self.plan is not None
+                group = self.groups.all[group_id]
+                group.trimmed = 0
+                group.work = self.site.call_load_experts(group, self.plan)
+            case controller.Trim(group_id):
+                assert self.placement is not None
+                group = self.groups.all[group_id]
+                group.work = group.actor.call("trim", self.placement.to_json())
+            case controller.Connect(router_id):
+                assert self.plan is not None
+                router = self.routers.all[router_id]
+                router.work = router.actor.call("connect", self.plan.to_json(), self.members())
+            case controller.Switch(router_id):
+                assert self.plan is not None
+                self._is_published = True
+                router = self.routers.all[router_id]
+                router.work = router.actor.call("switch", self.plan.epoch)
+            case controller.Commit():
+                self._commit()
+            case controller.Abandon():
+                self._abandon()
+            case controller.AddRouter():
+                self.progress(f"starting {self.routers.add()}")
+            case controller.DrainRouter(router_id):
+                self.progress(f"draining {router_id}")
+                self.routers.drain(router_id, self.drain_timeout_s)
+
+    def _begin(self, placement: Placement) -> None:
+        assert self.placement is not None
+        # An abandoned plan had an epoch, too: none is used twice.
+        self._last_epoch = max(self._last_epoch, self.placement.epoch) + 1
+        self.plan = replace(placement, epoch=self._last_epoch)
+        self._is_published = False
+        self._order = self.target.order
+        self.progress(
+            f"placement epoch {self.plan.epoch}: experts move to {', '.join(self.plan.groups)}"
+        )
+
+    def _commit(self) -> None:
+        assert self.plan is not None
+        self.placement, self.plan = self.plan, None
+        self._retry_at, self._failed, self._trouble = 0.0, frozenset(), ""
+        self.progress(f"placement epoch {self.placement.epoch} is in force")
+
+    def _abandon(self) -> None:
+        assert self.plan is not None
+        plan, self.plan = self.plan, None
+        if self._is_published:
+            self.placement = plan
+        self.progress(f"placement epoch {plan.epoch} is given up")
+
+    def _fail(self, error: ExpertMeshError, who: str) -> None:
+        """Give the plan up for now, unless a router may follow it already; then go on trying."""
+        self._trouble = f"{who}: {error.message}"
+        log.warning("change_failed member=%s reason=%r", who, error.message)
+        if self.plan is None or self._is_published:
+            return
+        self._failed = frozenset(self.plan.groups)
+        self._retry_at = self.clock() + RETRY_S
+        self._order = self.target.order
+        self._abandon()
+
+    def _group_worked(self, group: Group) -> None:
+        reference, group.work = group.work, None
+        try:
+            done = self.calls.result(group.group_id, reference, GroupLostError)
+        except GroupLostError:
+            return  # its death is taken note of where the process is watched
+        except ExpertMeshError as error:
+            self._fail(error, group.group_id)
+            return
+        if isinstance(done, tuple):
+            group.address, group.holds = done
+        else:
+            group.trimmed = done
+
+    def _router_worked(self, router: Router) -> None:
+        reference, router.work = router.work, None
+        try:
+            method, epoch = self.calls.result(router.router_id, reference, RouterLostError)
+        except RouterLostError:
+            return  # likewise
+        except ExpertMeshError as error:
+            self._fail(error, router.router_id)
+            return
+        if method == "connect":
+            router.connected = epoch
+        else:
+            router.follows = epoch
+
+    def _take_wish(self, router_id: str) -> None:
+        _, reference = self._wishes.pop(router_id)
+        try:
+            wish: Wish | None = self.calls.result(router_id, reference, RouterLostError)
+        except ExpertMeshError:
+            return  # the router died; its next process gets a call of its own
+        match wish:
+            case ScaleWish(expert_groups, routers):
+                self.scale(expert_groups, routers)
+            case LeaveWish(group_id):
+                self.leave(group_id)
+            case PlaceWish(capacities, load):
+                self.place(capacities, load)
+
+    def _change(self) -> str:
+        """Return in words what is under way; empty when nothing is."""
+        starting = [
+            g.group_id for g in self.groups.all.values() if g.view().phase is GroupPhase.STARTING
+        ]
+        words = []
+        if starting:
+            lacking = self.site.missing_nodes()
+            waits = f" (the Ray cluster lacks {lacking})" if lacking else ""
+            words.append(f"starting {', '.join(starting)}{waits}")
+        if self.plan is not None:
+            epoch = self.plan.epoch
+            behind = [g for g in self.plan.groups if self.groups.all[g].holds < epoch]
+            serving = [r for r in self.routers.all.values() if r.phase in (Phase.UP, Phase.DRAIN)]
+            if behind:
+                doing = f"{', '.join(behind)} load experts"
+            elif any(r.connected < epoch for r in serving):
+                doing = "routers connect"
+            else:
+                doing = "routers switch"
+            words.append(f"placement epoch {epoch}: {doing}")
+        for router in self.routers.all.values():
+            if router.phase is Phase.DRAIN:
+                words.append(f"draining {router.router_id}")
+            elif router.phase not in (Phase.UP, Phase.LEFT, Phase.GIVEN_UP):
+                words.append(f"{router.router_id} starts or stops")
+        return "; ".join(words)
+
+    def _tell(self) -> None:
+        """Tell the routers that serve how the service is, when that has changed."""
+        view = self.view()
+        serving = tuple(router.actor for router in self.routers.up)
+        if self._told != (view, serving):
+            self._told = view, serving
+            for actor in serving:
+                actor.call("join_group", view)
