@@ -8,18 +8,25 @@ A connection belongs to one thread. Any exception leaves the stream out of step,
 connection, and the next call opens a fresh one; nothing is retried here. Every wait ends at the
 earliest of: `io_s` without a byte of progress, the operation's deadline, its cancellation (noticed
 within `SLICE_S`).
+
+A value too large for one key (`codec.part_lengths`) is several here and one to the caller, who says
+how large it is: each call sends and takes all of its parts.
 """
 
 from __future__ import annotations
 
+import itertools
 import socket
 import ssl
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
+from router.state.codec import part_lengths
 from router.state.endpoint import Endpoint
+from router.state.redis_keys import part_key
 
 CONNECT_S = 0.2
 IO_S = 2.0
@@ -80,6 +87,10 @@ class Bulk:
         self._start = self._stop = 0  # what of the buffer has arrived and is not yet taken
         self._deadline = float("inf")
         self._cancelled: threading.Event | None = None
+        self._gets: deque[list[int]] = deque()
+        """Of each value asked for, the lengths of its parts."""
+        self._sets: deque[int] = deque()
+        """Of each value sent, the number of its parts."""
 
     @property
     def is_open(self) -> bool:
@@ -97,21 +108,29 @@ class Bulk:
             self._socket.close()
             self._socket = None
         self._start = self._stop = 0
+        self._gets.clear()
+        self._sets.clear()
 
     # Commands ------------------------------------------------------------------------------------
 
-    def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        """Ask which keys are there, many at a time.
+    def exists(self, keys: Sequence[bytes], value_bytes: int = 0) -> list[bool]:
+        """Ask which values are there, many at a time.
+
+        Args:
+            keys: Any number.
+            value_bytes: Of each, header included; matters for large ones.
 
         Raises:
             BulkError: As every method; the connection is closed then.
         """
+        num_parts = len(part_lengths(value_bytes))
+        keys = [part_key(key, part) for key in keys for part in range(num_parts)]
         found: list[bool] = []
         for start in range(0, len(keys), EXISTS_BATCH):
             batch = keys[start : start + EXISTS_BATCH]
             self.send_exists(batch)
             found += self.receive_exists(len(batch))
-        return found
+        return [all(found[i : i + num_parts]) for i in range(0, len(found), num_parts)]
 
     def send_exists(self, keys: Sequence[bytes]) -> None:
         """Send EXISTS of at most `EXISTS_BATCH` keys; `receive_exists` takes the answers."""
@@ -121,43 +140,59 @@ class Bulk:
         """Receive the answers of `count` keys."""
         return [self._integer() > 0 for _ in range(count)]
 
-    def touch(self, keys: Sequence[bytes], ttl_s: Sequence[int]) -> list[bool]:
-        """Ask which keys are there, and let those live at least `ttl_s` more seconds."""
-        commands = [
-            _command(b"EXISTS", key) + _command(b"EXPIRE", key, b"%d" % ttl, b"GT")
-            for key, ttl in zip(keys, ttl_s, strict=True)
-        ]
+    def touch(
+        self, keys: Sequence[bytes], ttl_s: Sequence[int], value_bytes: Sequence[int]
+    ) -> list[bool]:
+        """Ask which values are there, and let those live at least `ttl_s` more seconds."""
+        num_parts = [len(part_lengths(nbytes)) for nbytes in value_bytes]
+        commands = []
+        for key, ttl, count in zip(keys, ttl_s, num_parts, strict=True):
+            for name in (part_key(key, part) for part in range(count)):
+                commands.append(_command(b"EXISTS", name))
+                commands.append(_command(b"EXPIRE", name, b"%d" % ttl, b"GT"))
         self._send([b"".join(commands)])
         found = []
-        for _ in keys:
-            found.append(self._integer() > 0)
-            self._integer()
+        for count in num_parts:
+            answers = [(self._integer(), self._integer())[0] for _ in range(count)]
+            found.append(all(answers))
         return found
 
-    def send_get(self, key: bytes, ttl_s: int) -> None:
+    def send_get(self, key: bytes, ttl_s: int, value_bytes: int = 0) -> None:
         """Ask for one value, and let it live at least `ttl_s` more seconds; `receive` takes it.
 
         GETEX would set the time: a reader that does not know how long the writer wanted the value
         to live could only shorten it.
         """
-        self._send([_command(b"EXPIRE", key, b"%d" % ttl_s, b"GT") + _command(b"GET", key)])
+        lengths = part_lengths(value_bytes)
+        expire = b"%d" % ttl_s
+        self._send(
+            _command(b"EXPIRE", name, expire, b"GT") + _command(b"GET", name)
+            for name in (part_key(key, part) for part in range(len(lengths)))
+        )
+        self._gets.append(lengths)
 
     def send_get_ranges(
-        self, keys: Sequence[bytes], start: int, nbytes: int, ttl_s: Sequence[int]
+        self,
+        keys: Sequence[bytes],
+        start: int,
+        nbytes: int,
+        ttl_s: Sequence[int],
+        value_bytes: int = 0,
     ) -> None:
         """Ask for `nbytes` bytes of each value, from byte `start` on; `receive` takes each.
 
         The answers of all are on their way at once: the keys are short, so the server never waits
         for this side to read while this side still sends.
         """
-        first, last = b"%d" % start, b"%d" % (start + nbytes - 1)
+        ranges = _ranges(start, start + nbytes, value_bytes)
         self._send(
-            [
-                _command(b"EXPIRE", key, b"%d" % ttl, b"GT")
-                + _command(b"GETRANGE", key, first, last)
-                for key, ttl in zip(keys, ttl_s, strict=True)
-            ]
+            _command(b"EXPIRE", part_key(key, part), b"%d" % ttl, b"GT")
+            + _command(b"GETRANGE", part_key(key, part), b"%d" % first, b"%d" % (stop - 1))
+            for key, ttl in zip(keys, ttl_s, strict=True)
+            for part, first, stop in ranges
         )
+        lengths = [stop - first for _, first, stop in ranges]
+        self._gets.extend([lengths] * len(keys))
 
     def receive(self, into: Sequence[memoryview]) -> int | None:
         """Receive the oldest value asked for, into consecutive buffers.
@@ -167,6 +202,17 @@ class Bulk:
             not fill the buffers, or does not fit them, is read off the connection and its length
             returned: the buffers then hold nothing of use.
         """
+        lengths = self._gets.popleft() if self._gets else [0]
+        if len(lengths) == 1:
+            return self._receive_part(into)
+        stops = list(itertools.accumulate(lengths))
+        received = [
+            self._receive_part(_cut(into, stop - length, stop))
+            for length, stop in zip(lengths, stops, strict=True)
+        ]
+        return None if None in received else sum(filter(None, received))
+
+    def _receive_part(self, into: Sequence[memoryview]) -> int | None:
         self._integer()
         line = self._line()
         if line.startswith(b"-WRONGTYPE"):
@@ -185,14 +231,26 @@ class Bulk:
 
     def send_set(self, key: bytes, pieces: Sequence[Bytes], ttl_s: int) -> None:
         """Store one value, given in consecutive pieces; `receive_status` takes the answer."""
-        length = sum(memoryview(piece).nbytes for piece in pieces)
-        head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(key), key, length)
+        views = [memoryview(piece).cast("B") for piece in pieces]
+        lengths = part_lengths(sum(len(view) for view in views))
         ttl = b"%d" % ttl_s
         tail = b"\r\n$2\r\nEX\r\n$%d\r\n%s\r\n" % (len(ttl), ttl)
-        self._send([head, *pieces, tail])
+        commands: list[Bytes] = []
+        stop = 0
+        for part, length in enumerate(lengths):
+            name, start, stop = part_key(key, part), stop, stop + length
+            head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, length)
+            commands += [head, *_cut(views, start, stop), tail]
+        self._send(commands)
+        self._sets.append(len(lengths))
 
     def receive_status(self) -> str:
         """Receive the answer of a SET: `OK`, or the server's error (`OOM ...`), which is data."""
+        num_parts = self._sets.popleft() if self._sets else 1
+        answers = [self._status() for _ in range(num_parts)]
+        return next((answer for answer in answers if answer != "OK"), "OK")
+
+    def _status(self) -> str:
         line = self._line()
         if line[:1] in (b"+", b"-"):
             return line[1:].decode(errors="replace")
@@ -395,3 +453,28 @@ class Bulk:
 
 def _command(*words: bytes) -> bytes:
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in words)
+
+
+def _cut(views: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
+    """Return bytes `start .. stop - 1` of consecutive buffers, nothing copied."""
+    pieces, offset = [], 0
+    for view in views:
+        piece = view[max(0, start - offset) : max(0, stop - offset)]
+        if len(piece):
+            pieces.append(piece)
+        offset += len(view)
+    return pieces
+
+
+def _ranges(start: int, stop: int, value_bytes: int) -> list[tuple[int, int, int]]:
+    """Return which bytes of which parts are the bytes `start .. stop - 1` of a value: part, first,
+    stop."""
+    lengths = part_lengths(value_bytes)
+    if len(lengths) == 1:
+        return [(0, start, stop)]
+    ends = list(itertools.accumulate(lengths))
+    return [
+        (part, max(start, end - length) - (end - length), min(stop, end) - (end - length))
+        for part, (length, end) in enumerate(zip(lengths, ends, strict=True))
+        if start < end and stop > end - length
+    ]

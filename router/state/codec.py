@@ -11,9 +11,10 @@ All integers are little-endian. A *block* is the KV of one cache block, in one p
 one stream, a manifest of 512 bytes, the state, and the KV of the tail, cut into *stripes*.
 
 Sizes follow the servers' allocator: a stripe with its header is 4 MiB - 64 B, because jemalloc's
-classes are 4, 5, 6, 7 x 2^j and a value just above one wastes up to a fifth of the memory; and no
-value should exceed 7 MiB - 4 KiB, where every allocation becomes a fresh mapping (three to five
-times the CPU).
+classes are 4, 5, 6, 7 x 2^j and a value just above one wastes up to a fifth of the memory. Above
+7 MiB - 4 KiB every allocation becomes a fresh mapping (three to five times the CPU), so a larger
+value, a block of a large model in float32, lies under several keys of one server, its *parts*. Its
+one header and checksum vouch for all of them together.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ STRIPE_BYTES = (4 << 20) - 128
 """Payload of every stripe but a snapshot's last."""
 MAX_VALUE_BYTES = (7 << 20) - 4096
 """Above this, header included, a jemalloc server pays page faults for every value."""
+PART_BYTES = (4 << 20) - 64
+"""What one key holds of a value that is larger than that; the last one holds the rest."""
 MANIFEST_BYTES = 512
 
 _HEADER = struct.Struct("<4sBBHIIQQ16s16s")
@@ -113,6 +116,15 @@ class Label:
             self.key[:_KEY_BYTES],
             self.parent[:_KEY_BYTES],
         )
+
+
+def part_lengths(nbytes: int) -> list[int]:
+    """Return how many bytes each key of a value holds, of one with `nbytes` bytes, header
+    included."""
+    if nbytes <= MAX_VALUE_BYTES:
+        return [nbytes]
+    num_full, rest = divmod(nbytes, PART_BYTES)
+    return [PART_BYTES] * num_full + [rest] * bool(rest)
 
 
 def block_label(key: bytes, parent: bytes, nbytes: int) -> Label:

@@ -119,6 +119,7 @@ class BlobCold:
     def read(self, handles: Sequence[ColdValue], layer: int, out: NDArray[np.uint8]) -> bool:
         """See `ColdTier.read`."""
         start = HEADER_BYTES + layer * out.shape[1]
+        value_bytes = HEADER_BYTES + len(handles[0].sums) * out.shape[1]
         by_server: dict[int, list[int]] = {}
         for index, value in enumerate(handles):
             by_server.setdefault(self._store.server_of(value.key), []).append(index)
@@ -132,7 +133,7 @@ class BlobCold:
             try:
                 with link.answering() as bulk:
                     bulk.bound(deadline)
-                    bulk.send_get_ranges(keys, start, out.shape[1], ttl_s)
+                    bulk.send_get_ranges(keys, start, out.shape[1], ttl_s, value_bytes)
                     lengths = [bulk.receive([memoryview(out[index].data)]) for index in indices]
             except BulkError:
                 return False

@@ -205,16 +205,17 @@ class Links:
         self._store = store
         self._links = [store.link(server) for server in range(len(store.servers))]
 
-    def exists(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
-        """Ask which keys are there, all servers at once; those of a server in trouble are not.
+    def exists(self, keys: Sequence[bytes], deadline: float, *, value_bytes: int = 0) -> list[bool]:
+        """Ask which values are there, all servers at once; those of a server in trouble are not.
 
         Args:
             keys: Any number.
             deadline: Monotonic seconds; what has not been answered by then is not there.
+            value_bytes: Of each, header included; matters for large ones.
         """
         found = [False] * len(keys)
         for server, positions in self._by_server(keys).items():
-            self._exists_on(server, positions, keys, deadline, found)
+            self._exists_on(server, positions, keys, deadline, value_bytes, found)
         return found
 
     def _exists_on(
@@ -223,6 +224,7 @@ class Links:
         positions: Sequence[int],
         keys: Sequence[bytes],
         deadline: float,
+        value_bytes: int,
         found: list[bool],
     ) -> None:
         link = self._links[server]
@@ -233,13 +235,15 @@ class Links:
             try:
                 with link.answering() as bulk:
                     bulk.bound(deadline)
-                    answers = bulk.exists([keys[position] for position in batch])
+                    answers = bulk.exists([keys[position] for position in batch], value_bytes)
             except BulkError:
                 return
             for position, answer in zip(batch, answers, strict=True):
                 found[position] = answer
 
-    def touch(self, keys: Sequence[bytes], ttl_s: Sequence[int], deadline: float) -> None:
+    def touch(
+        self, keys: Sequence[bytes], ttl_s: Sequence[int], value_bytes: int, deadline: float
+    ) -> None:
         """Let values live at least `ttl_s` more seconds each, those that are there; the last key
         first, so that of two with the same time the first outlives the second."""
         for server, positions in self._by_server(keys).items():
@@ -252,7 +256,11 @@ class Links:
                 try:
                     with link.answering() as bulk:
                         bulk.bound(deadline)
-                        bulk.touch([keys[i] for i in batch], [ttl_s[i] for i in batch])
+                        bulk.touch(
+                            [keys[i] for i in batch],
+                            [ttl_s[i] for i in batch],
+                            [value_bytes] * len(batch),
+                        )
                 except BulkError:
                     break
 
@@ -288,7 +296,7 @@ class Links:
             try:
                 with link.answering() as bulk:
                     bulk.bound(deadline, cancelled)
-                    bulk.send_get(key, ttl_s)
+                    bulk.send_get(key, ttl_s, HEADER_BYTES + label.nbytes)
                     length = bulk.receive([header, payload])
             except BulkError:
                 continue

@@ -278,7 +278,8 @@ class Loader:
                         under_way.append(next_item)
                         with link.sending() as bulk:
                             bulk.bound(load.bound_s, load.stop)
-                            bulk.send_get(next_item.key, _ttl_s(next_item))
+                            value_bytes = HEADER_BYTES + next_item.label.nbytes
+                            bulk.send_get(next_item.key, _ttl_s(next_item), value_bytes)
                     next_item = plan.take(server) if len(under_way) < _DEPTH else None
                 if under_way:
                     self._receive(link, load, under_way[0], value)

@@ -15,7 +15,8 @@
     qs1:dead:<engine>#<boot>         STRING  this process is dead                 1 h
 
     blob: servers without persistence, volatile-ttl; written by `router.state.tier`
-    qs1:b:<namespace>:<hash>         STRING  one KV block                         priority
+    qs1:b:<namespace>:<hash>         STRING  one KV block, or its first part      priority
+    qs1:b:<namespace>:<hash>:<part>  STRING  a further part of a large one        priority
     qs1:g:<namespace>:<hash>:<part>  STRING  one stripe of a snapshot             priority
 
 A session's keys live and expire together: each script that writes one sets the TTL of all.
@@ -84,6 +85,11 @@ def dead_key(engine: str, boot: str) -> bytes:
 def block_key(namespace: str, position_hash: bytes) -> bytes:
     """Return the key of the KV block whose end has this hash (its first 16 bytes are used)."""
     return b"qs1:b:%b:%b" % (namespace.encode(), position_hash[:16].hex().encode())
+
+
+def part_key(key: bytes, part: int) -> bytes:
+    """Return the key of part `part` of the value that is named `key`, which is that of part 0."""
+    return key + b":%d" % part if part else key
 
 
 def stripe_key(namespace: str, position_hash: bytes, part: int) -> bytes:

@@ -28,7 +28,7 @@ from router.engine.tier import (
     TtlClass,
 )
 from router.state.breaker import BreakerState
-from router.state.codec import HEADER_BYTES, MAX_VALUE_BYTES, SnapshotStream
+from router.state.codec import HEADER_BYTES, SnapshotStream
 from router.state.cost import CostModel, CostSettings
 from router.state.counters import Counters
 from router.state.kv_store import KvStore, Links, block_ttl_s, snapshot_ttl_s
@@ -87,12 +87,6 @@ class BlobTier:
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="blob-probe", daemon=True)
         self._thread.start()
-        if sizes.block_bytes + HEADER_BYTES > MAX_VALUE_BYTES:
-            logger.warning(
-                "event=blob_values_large block_bytes=%d advised_bytes=%d",
-                sizes.block_bytes,
-                MAX_VALUE_BYTES - HEADER_BYTES,
-            )
 
     # The protocol --------------------------------------------------------------------------------
 
@@ -225,7 +219,7 @@ class BlobTier:
             ttl_s.append(block_ttl_s(ttl_class, stop))
         settings = self.settings
         deadline = time.monotonic() + settings.probe_s + settings.probe_key_s * 2 * len(keys)
-        links.touch(keys, ttl_s, deadline)
+        links.touch(keys, ttl_s, HEADER_BYTES + self._sizes.block_bytes, deadline)
         self._counters.add("touched_blocks", len(keys))
 
     def _probed(
@@ -255,7 +249,8 @@ class BlobTier:
         indices = range(first, query.limit // CACHE_BLOCK)
         settings = self.settings
         deadline = asked_s + settings.probe_s + settings.probe_key_s * 2 * len(indices)
-        there = links.exists([store.block_key(chain.block_hash(i)) for i in indices], deadline)
+        keys = [store.block_key(chain.block_hash(i)) for i in indices]
+        there = links.exists(keys, deadline, value_bytes=HEADER_BYTES + self._sizes.block_bytes)
         num_blocks = first + (there.index(False) if False in there else len(there))
         kv_tokens = max(num_blocks * CACHE_BLOCK, query.start)
         candidates = self._candidates(links, query, num_blocks, deadline)

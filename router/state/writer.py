@@ -275,7 +275,11 @@ class Writer:
             return
         with link.answering() as bulk:
             bulk.bound(time.monotonic() + _PUT_BOUND_S, self._closing)
-            known = bulk.touch([w.key for w in batch], [w.ttl_s for w in batch])
+            known = bulk.touch(
+                [w.key for w in batch],
+                [w.ttl_s for w in batch],
+                [HEADER_BYTES + w.label.nbytes for w in batch],
+            )
         for write, is_known in zip([*batch], known, strict=True):
             if is_known and not self._store.is_damaged(write.key):
                 batch.remove(write)

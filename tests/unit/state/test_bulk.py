@@ -85,9 +85,9 @@ def test_many_keys_are_probed_in_batches(bulk: Bulk) -> None:
 
 def test_values_live_as_long_as_the_longest_wish(server: BlobServer, bulk: Bulk) -> None:
     bulk.set(b"k", [b"v"], 1000)
-    assert bulk.touch([b"k", b"none"], [5000, 5000]) == [True, False]
+    assert bulk.touch([b"k", b"none"], [5000, 5000], [0, 0]) == [True, False]
     assert server.command(b"TTL", b"k") in (b":5000", b":4999")
-    assert bulk.touch([b"k"], [10]) == [True]
+    assert bulk.touch([b"k"], [10], [0]) == [True]
     assert server.command(b"TTL", b"k") in (b":5000", b":4999")
     bulk.send_get(b"k", 9000)
     assert bulk.receive([buffer(1)]) == 1
