@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.batch.asker import MAX_LONE_FAILURES, AskerSettings, Fault, _Failures, fault_of
@@ -127,6 +129,40 @@ def _seed(custom_id: str) -> int:
     document = {"custom_id": custom_id, "prompt": "x"}
     row = row_of(0, document, id_field="custom_id", defaults=RowDefaults())
     return row.request.sampling.seed
+
+
+def test_tables_go_in_and_come_out(tmp_path: Path, router: GatewayService) -> None:
+    columns = {
+        "custom_id": ["a", "b", None],
+        "messages": [[{"role": "user", "content": "hi"}]] * 3,
+        "max_tokens": [4, 0, 4],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    place = Place.of(f"file://{tmp_path}/in.parquet", "input")
+    kind, plan = scan(place, id_field="custom_id", part_rows=10, limit=None)
+    worker = PartWorker(
+        WorkerSettings(
+            input_uri=place.uri,
+            input_format=kind,
+            output_uri=f"file://{tmp_path}/out",
+            output_format="parquet",
+            id_field="custom_id",
+            defaults=RowDefaults(temperature=0.0),
+            asker=AskerSettings(
+                addresses=(router.address,), access=ACCESS, model="script", concurrency=2
+            ),
+        )
+    )
+    worker.run(plan.parts[0])
+    worker.close()
+    rows = pq.read_table(tmp_path / "out" / "part-00000000.parquet").to_pylist()
+    assert [(row["custom_id"], row["error_reason"]) for row in rows] == [
+        ("a", None),
+        ("b", "INVALID_FIELD"),
+        (None, "INVALID_FIELD"),
+    ]
+    assert rows[0]["completion_tokens"] >= 1
+    assert json.loads(rows[0]["response"])["body"]["object"] == "chat.completion"
 
 
 def test_a_committed_part_is_not_asked_again(tmp_path: Path, router: GatewayService) -> None:
