@@ -49,6 +49,7 @@ ConfigFile = Annotated[
 ServedName = Annotated[
     str | None, _setting("model.served_model_name", "--served-model-name", panel="Model")
 ]
+CacheDir = Annotated[str | None, _setting("model.cache_dir", "--cache-dir", panel="Model")]
 DType = Annotated[
     Literal["float32", "bfloat16"] | None, _setting("model.dtype", "--dtype", panel="Model")
 ]
@@ -205,6 +206,7 @@ def serve(
     host: Host = None,
     port: Port = None,
     served_model_name: ServedName = None,
+    cache_dir: CacheDir = None,
     dtype: DType = None,
     max_model_len: MaxModelLen = None,
     hf_overrides: HfOverrides = None,
@@ -266,6 +268,7 @@ def serve(
             {
                 "model.checkpoint": checkpoint,
                 "model.served_model_name": served_model_name,
+                "model.cache_dir": cache_dir,
                 "model.dtype": dtype,
                 "model.max_model_len": max_model_len,
                 "model.hf_overrides": hf_overrides,

@@ -32,7 +32,11 @@ class ModelSection:
     """Which checkpoint is served, and in what precision."""
 
     checkpoint: str = ""
-    """Folder in the Hugging Face layout: config.json, *.safetensors, tokenizer files."""
+    """Folder in the Hugging Face layout (config.json, *.safetensors, tokenizer files), the same on
+    every node, or a URI (s3://, gs://, file://, ...)."""
+    cache_dir: str | None = None
+    """Folder where a node keeps what it read of a checkpoint behind a URI; unset:
+    ~/.cache/expertmesh."""
     served_model_name: str | None = None
     """Name that clients use; unset: the checkpoint folder's name."""
     dtype: Literal["float32", "bfloat16"] | None = None

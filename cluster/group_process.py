@@ -8,6 +8,7 @@ import threading
 
 from cluster.config import Config
 from cluster.members import ProcessFacts, new_boot
+from cluster.preflight import checkpoint_folder
 from cluster.security import load_member
 from experts.device import require_deepspeed
 from experts.placement import Placement
@@ -57,7 +58,7 @@ class GroupProcess:
         placement = Placement.from_json(placement_json)
         self._runtime = ExpertRuntime(
             group_id=self.group_id,
-            checkpoint=self._config.model.checkpoint,
+            checkpoint=checkpoint_folder(self._config.model),
             dtype=dtype,
             compute=self._config.experts.compute,
             num_threads=threads,

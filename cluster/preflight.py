@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 from google.rpc import status_pb2
 
-from cluster.config import Config, load_config, parse_groups
+from cluster.config import Config, ModelSection, load_config, parse_groups
 from cluster.hf_overrides import parse_hf_overrides
 from cluster.kv_budget import format_bytes, plan_kv_blocks
 from cluster.security import load_security
@@ -73,7 +73,17 @@ def quick_checks(config: Config) -> list[str]:
     """
     if not config.model.checkpoint:
         raise ConfigurationError("model.checkpoint", "must be the folder of a checkpoint", "")
-    path = Path(config.model.checkpoint)
+    if "://" not in config.model.checkpoint:
+        _check_folder(Path(config.model.checkpoint))
+    parse_groups(config.experts.groups)
+    warnings = load_security(config).warnings(config)
+    if config.cluster.ray_address is None:
+        for index in range(config.router.count if config.router.port else 0):
+            _check_port(config.router.host, config.router.port + index)
+    return warnings
+
+
+def _check_folder(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(str(path), "no such folder; give the path of a downloaded checkpoint")
     if not path.is_dir():
@@ -82,12 +92,18 @@ def quick_checks(config: Config) -> list[str]:
         raise CheckpointError(
             str(path), "holds no config.json, so it is not a Hugging Face checkpoint folder"
         )
-    parse_groups(config.experts.groups)
-    warnings = load_security(config).warnings(config)
-    if config.cluster.ray_address is None:
-        for index in range(config.router.count if config.router.port else 0):
-            _check_port(config.router.host, config.router.port + index)
-    return warnings
+
+
+def checkpoint_folder(section: ModelSection) -> Path:
+    """Return the folder to read the checkpoint from on this node; see `experts.remote_checkpoint`.
+
+    Raises:
+        CheckpointError: A URI behind which nothing can be read.
+    """
+    from experts.remote_checkpoint import local_folder
+
+    cache = Path(section.cache_dir).expanduser() if section.cache_dir else None
+    return local_folder(section.checkpoint, cache)
 
 
 def router_port(config: Config, index: int) -> int:
@@ -179,7 +195,7 @@ def examine(config: Config, available_bytes: float) -> Facts:
     from router.model import memory
     from router.model.config import ModelConfig
 
-    path = Path(config.model.checkpoint)
+    path = checkpoint_folder(config.model)
     model = ModelConfig.from_checkpoint(path, parse_hf_overrides(config.model.hf_overrides))
     with SafetensorsCheckpoint(path) as checkpoint:
         stored = checkpoint.dtype

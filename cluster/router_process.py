@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +39,7 @@ from cluster.members import (
 )
 from cluster.metrics import Figures, MetricsServer, metrics_text
 from cluster.placement_follower import PlacementFollower
+from cluster.preflight import checkpoint_folder
 from cluster.probe import check_answers
 from cluster.router_state import RouterState, cache_namespace
 from cluster.router_status import (
@@ -108,7 +108,6 @@ class RouterProcess:
         self.shutdown_timeout_s = config.cluster.shutdown_timeout_s
         self._boot = new_boot()
         self._config = config
-        self._path = Path(config.model.checkpoint)
         self._state = "STARTING"
         self._ended = threading.Event()
         self._address = ""
@@ -152,6 +151,7 @@ class RouterProcess:
         torch.set_num_threads(threads)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._max_model_len = max_model_len
+        self._path = checkpoint_folder(self._config.model)
         overrides = parse_hf_overrides(self._config.model.hf_overrides)
         self._model = ModelConfig.from_checkpoint(self._path, overrides)
         self._text = TextProcessor.from_checkpoint(self._path)

@@ -2,7 +2,7 @@
 
 Tensors are read with `preadv` into memory that the caller owns. Nothing is mapped: a file that
 shrinks under us is a short read and an error instead of a SIGBUS, and no mapped page is counted to
-the process afterwards.
+the process afterwards. A file that is the local copy of a remote one is filled where it is read.
 
 Layout: uint64 little endian N, N bytes of JSON `{name: {dtype, shape, data_offsets}}`, then the
 data without holes.
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from experts.range_cache import RangeCache
 from protos.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024
@@ -60,7 +61,9 @@ class TensorFile:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(str(path), f"cannot be opened: {error.strerror}") from None
+        self._cache: RangeCache | None = None
         try:
+            self._cache = RangeCache.beside(path)
             self.entries = self._read_header()
         except BaseException:
             self.close()
@@ -71,6 +74,8 @@ class TensorFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._cache is not None:
+            self._cache.close()
 
     def read_into(self, entry: TensorEntry, out: torch.Tensor, start_byte: int = 0) -> None:
         """Fill `out` with the entry's bytes from `start_byte` on.
@@ -89,6 +94,8 @@ class TensorFile:
         if start_byte + len(view) > entry.num_bytes:
             raise ValueError(f"{entry.name}: bytes beyond the end of the tensor")
         position = entry.offset + start_byte
+        if self._cache is not None:
+            self._cache.ensure(position, len(view))
         while view:
             try:
                 got = os.preadv(self._fd, [view], position)
@@ -103,18 +110,25 @@ class TensorFile:
 
     def prefetch(self, entry: TensorEntry, start_byte: int, num_bytes: int) -> None:
         """Let the kernel start reading what `read_into` will want next."""
+        if self._cache is not None:
+            self._cache.prefetch(entry.offset + start_byte, num_bytes)
+            return
         os.posix_fadvise(self._fd, entry.offset + start_byte, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def _read_header(self) -> dict[str, TensorEntry]:
         file_bytes = os.fstat(self._fd).st_size
         if file_bytes < 8:
             raise self._corrupt(f"truncated: {file_bytes} bytes, a header needs 8")
+        if self._cache is not None:
+            self._cache.ensure(0, 8)
         (header_bytes,) = struct.unpack("<Q", os.pread(self._fd, 8, 0))
         if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
             raise self._corrupt(
                 f"corrupt or truncated: the header claims {header_bytes} bytes,"
                 f" the file has {file_bytes - 8} after the length"
             )
+        if self._cache is not None:
+            self._cache.ensure(8, header_bytes)
         try:
             header = json.loads(
                 os.pread(self._fd, header_bytes, 8), object_pairs_hook=self._without_duplicates
