@@ -1,7 +1,8 @@
 """`expertmesh service`: `serve` without a terminal, for as long as Ray runs on this machine.
 
     start   ends the one that runs, then starts a supervisor in a session of its own and returns
-    watch   the same without `serve`, for a machine that holds only what Ray places there
+    watch   the same without `serve`, for a machine that holds only what Ray places there; to be
+            called before `ray start`, so that no moment is missed
     stop    SIGTERM to the supervisor, which passes it on: `serve` drains and ends
 
 The supervisor starts `serve` again when it fails: after 1, 2, 4, ... `MAX_BACKOFF_S` seconds, from
@@ -39,6 +40,8 @@ FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
 SOUND_S = 60.0
 RAY_LOOK_S = 1.0
+RAY_START_S = 300.0
+"""How long `watch` waits for a Ray node that is about to start."""
 STOP_TIMEOUT_S = 75.0
 """How long `stop` waits for the drain and the end; longer than `cluster.shutdown_timeout_s`."""
 KILL_TIMEOUT_S = 10.0
@@ -129,8 +132,7 @@ class Supervisor:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if not self._command:
-            while has_ray_node() and not self._stopped.wait(RAY_LOOK_S):
-                pass
+            self._watch()
             return EXIT_OK
         backoff_s = FIRST_BACKOFF_S
         while True:
@@ -148,6 +150,15 @@ class Supervisor:
             if self._stopped.wait(backoff_s):
                 return code
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    def _watch(self) -> None:
+        """Wait until Ray has come and gone."""
+        deadline = time.monotonic() + RAY_START_S
+        while not has_ray_node() and time.monotonic() < deadline:
+            if self._stopped.wait(RAY_LOOK_S):
+                return
+        while has_ray_node() and not self._stopped.wait(RAY_LOOK_S):
+            pass
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         """Wait for its end, and end it when Ray has gone."""

@@ -65,8 +65,22 @@ def test_it_ends_with_ray(a_ray_node: threading.Event, capfd: pytest.CaptureFixt
     assert "no Ray node runs here any more" in capfd.readouterr().err
 
 
-def test_without_a_command_it_waits_for_the_end_of_ray(a_ray_node: threading.Event) -> None:
-    threading.Timer(0.1, a_ray_node.set).start()
+def test_without_a_command_it_waits_until_ray_has_come_and_gone(
+    a_ray_node: threading.Event,
+) -> None:
+    a_ray_node.set()  # not there yet
+    threading.Timer(0.2, a_ray_node.clear).start()
+    watching = threading.Event()
+    threading.Timer(0.5, lambda: (watching.set(), a_ray_node.set())).start()
+    assert Supervisor([]).run() == 0
+    assert watching.is_set(), "it ended before Ray had come"
+
+
+def test_without_a_command_it_does_not_wait_for_ever(
+    a_ray_node: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "RAY_START_S", 0.1)
+    a_ray_node.set()
     assert Supervisor([]).run() == 0
 
 

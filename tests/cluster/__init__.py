@@ -1,0 +1,1 @@
+"""Whole clusters: `ray up` on hosts that are network namespaces."""
