@@ -11,6 +11,7 @@ import typer
 
 from cluster.cli_autoscale import autoscale_app
 from cluster.cli_batch import batch_app
+from cluster.cli_cluster import down, up
 from cluster.cli_options import DEFAULT_URL, ApiKey, AsJson, TlsCa, TlsCert, TlsKey, Url, access_of
 from cluster.cli_scale import scale_app
 from cluster.cli_service import service_app
@@ -33,6 +34,8 @@ app.add_typer(sessions_app, name="sessions")
 app.add_typer(autoscale_app, name="autoscale")
 app.add_typer(service_app, name="service")
 app.add_typer(scale_app)
+app.command()(up)
+app.command()(down)
 
 
 def _setting(path: str, *names: str, panel: str) -> Any:
@@ -421,11 +424,28 @@ def top(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: what is missing, and what to do about it."""
+def doctor(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Cluster file: look at its machines.")
+    ] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, or a cluster's: what is missing, and what to do about it."""
     from cluster.doctor import FAIL, examine_machine, print_checks
 
-    checks = examine_machine()
+    with errors_exit():
+        if file is None:
+            checks = examine_machine()
+        else:
+            from cluster.cluster_file import read_cluster_file
+            from cluster.doctor_cluster import examine_cluster
+
+            access = access_of(tls_ca, tls_cert, tls_key, api_key)
+            checks = examine_cluster(read_cluster_file(file), access)
     if as_json:
         print_json([check.document() for check in checks])
     else:

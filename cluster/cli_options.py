@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Url = Annotated[
-    str, typer.Option("--url", help="host:port of a router; grpcs://host:port for a public CA.")
+    str,
+    typer.Option(
+        "--url", "--address", help="host:port of a router; grpcs://host:port for a public CA."
+    ),
 ]
 DEFAULT_URL = "127.0.0.1:50051"
 TlsCa = Annotated[

@@ -71,11 +71,12 @@ def examine_machine() -> list[Check]:
 def print_checks(checks: list[Check]) -> None:
     """Print one line a finding, and the remedies."""
     console = out_console()
+    width = max(16, *(len(check.name) for check in checks))
     for check in checks:
         console.print(f"{check.state:<5}", style=_STYLES[check.state], end="")
-        console.print(f"{check.name:<16} {check.detail}", markup=False)
+        console.print(f"{check.name:<{width}} {check.detail}", markup=False)
         if check.remedy and check.state != OK:
-            console.print(f"{'':<22}-> {check.remedy}", markup=False)
+            console.print(f"{'':<{width + 6}}-> {check.remedy}", markup=False)
 
 
 def _python() -> Check:
