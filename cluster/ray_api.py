@@ -280,10 +280,12 @@ class RayCluster:
         deadline = time.monotonic() + timeout_s
         while missing:
             with self.guard():
-                if missing[0].wait(timeout_seconds=WAIT_S):
+                # Whole seconds only: less would be 0 as well.
+                if missing[0].wait(timeout_seconds=0):
                     missing.pop(0)
                     continue
             if time.monotonic() < deadline:
+                time.sleep(WAIT_S)
                 continue
             raise ResourceError(
                 what="nodes in the Ray cluster",
