@@ -189,7 +189,10 @@ def test_a_test_file_collects_something(path: Path) -> None:
 
 
 # What a machine may lack, though CI has it: the reason is printed with the skip.
-MAY_SKIP = {"tests/unit/state/conftest.py": "redis-server of the system"}
+MAY_SKIP = {
+    "tests/unit/state/conftest.py": "redis-server of the system",
+    "tests/cluster/conftest.py": "the right to make network namespaces, and sshd",
+}
 
 
 @pytest.mark.parametrize(
