@@ -36,8 +36,9 @@ class Membership:
     """How many members there are to be, and where to ask."""
 
     groups: int
+    num_routers: int
     routers: Mapping[str, str]
-    """router_id -> gRPC address."""
+    """router_id -> gRPC address of those that have one."""
 
 
 class AutoscaleLoop:
@@ -102,7 +103,7 @@ class AutoscaleLoop:
         policy = replace(
             self._policy, min_groups_by_memory=self._window.groups_to_hold(self._expert_bytes)
         )
-        routers, groups = self._window.pools(now_s, len(membership.routers), membership.groups)
+        routers, groups = self._window.pools(now_s, membership.num_routers, membership.groups)
         decision = decide(
             State(
                 now_s=now_s,

@@ -15,6 +15,7 @@ from cluster.autoscale import Decision, Policy
 from cluster.autoscale_log import DecisionLog, decision_message
 from cluster.autoscale_loop import AutoscaleLoop, Membership, policy_of
 from cluster.config import Config
+from cluster.preflight import Facts
 from cluster.security import load_security
 from cluster.status import ask_status
 from protos.errors import ConfigurationError
@@ -40,13 +41,13 @@ def check_mode(config: Config) -> None:
     """Refuse what cannot be done yet.
 
     Raises:
-        ConfigurationError: `autoscale.mode` is `apply`.
+        ConfigurationError: `autoscale.mode` is `apply`, and `autoscale.min_groups` 0.
     """
-    if config.autoscale.mode == "apply":
+    if config.autoscale.mode == "apply" and config.autoscale.min_groups == 0:
         raise ConfigurationError(
-            "autoscale.mode",
-            "must be off or advise: the number of groups and routers of a running service is fixed",
-            "apply",
+            "autoscale.min_groups",
+            "must be 1 or more with autoscale.mode apply: a running service keeps a group",
+            0,
         )
 
 
@@ -75,16 +76,21 @@ class Autoscaler:
         cls,
         config: Config,
         membership: Callable[[], Membership],
-        expert_bytes: int,
+        facts: Facts,
         progress: Callable[[str], None],
+        scale: Scale,
     ) -> Autoscaler | None:
         """Begin to decide; None where that is off.
 
         Args:
             config: Of the service.
             membership: How many members there are to be; called in another thread.
-            expert_bytes: Of one copy of all experts.
+            facts: Of the checkpoint.
             progress: Takes a sentence for the user.
+            scale: Makes it so, where the mode is `apply`.
+
+        Raises:
+            ConfigurationError: Bounds that exclude the start, or more groups than experts.
         """
         if config.autoscale.mode == "off":
             return None
@@ -95,13 +101,16 @@ class Autoscaler:
 
         loop = AutoscaleLoop(
             config.autoscale,
-            policy_at_start(config, membership()),
+            policy_at_start(config, membership(), facts),
             membership,
             ask,
-            expert_bytes=expert_bytes,
+            expert_bytes=facts.expert_bytes,
         )
         loop.start()
-        return cls(mode=config.autoscale.mode, loop=loop, progress=progress)
+        mode = config.autoscale.mode
+        return cls(
+            mode=mode, loop=loop, progress=progress, scale=scale if mode == "apply" else None
+        )
 
     def tick(self, routers: Iterable[Listener]) -> None:
         """Pass on what was decided since the last call. Nothing here waits."""
@@ -151,15 +160,22 @@ class Autoscaler:
                 )
 
 
-def policy_at_start(config: Config, membership: Membership) -> Policy:
+def policy_at_start(config: Config, membership: Membership, facts: Facts) -> Policy:
     """Return the policy of a service with these members.
 
     Raises:
-        ConfigurationError: Bounds that exclude them.
+        ConfigurationError: Bounds that exclude them, or more groups than a layer has experts.
     """
+    most = config.autoscale.max_groups
+    if most is not None and facts.num_experts and most > facts.num_experts:
+        raise ConfigurationError(
+            "autoscale.max_groups",
+            f"must be 1 to {facts.num_experts}, the experts of a layer",
+            most,
+        )
     return policy_of(
         config.autoscale,
-        routers=len(membership.routers),
+        routers=membership.num_routers,
         groups=membership.groups,
         max_num_seqs=config.engine.max_num_seqs,
     )

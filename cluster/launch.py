@@ -149,7 +149,7 @@ class Service:
         view = processes.scaling.view()
         self._gather("join_group", processes.router_actors, "exchange addresses", view)
         self._autoscaler = processes.autoscaler = Autoscaler.start(
-            self.config, self._membership, facts.expert_bytes, self.progress
+            self.config, self._membership, facts, self.progress, self.scale
         )
         self.is_ready = True
         return Ready(
@@ -215,7 +215,11 @@ class Service:
         """Return how many members there are to be, and where the routers are."""
         made = self._made
         groups = made.scaling.target.groups if made.scaling.placement else 0
-        return Membership(groups=groups, routers=made.routers.addresses())
+        return Membership(
+            groups=groups,
+            num_routers=made.scaling.target.routers,
+            routers=made.routers.addresses(),
+        )
 
     def _open_state(self) -> None:
         """Find or start the servers of sessions and cached KV."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cluster.autoscale import Decision, Policy
 from cluster.autoscale_log import NUM_KEPT, DecisionLog, decision_message
 from cluster.autoscale_loop import AutoscaleLoop, Membership, policy_of
-from cluster.autoscaler import Autoscaler, check_mode
+from cluster.autoscaler import Autoscaler, check_mode, policy_at_start
 from cluster.config import AutoscaleSection, Config
 from protos.errors import ConfigurationError, UnreachableError
 from protos.v1 import cluster_pb2
@@ -43,10 +45,10 @@ class Service:
         )
 
     def loop(self, section: AutoscaleSection = SECTION) -> AutoscaleLoop:
+        membership = Membership(groups=1, num_routers=2, routers=ADDRESSES)
         return AutoscaleLoop(
-            section, policy(section), lambda: Membership(groups=1, routers=ADDRESSES),
-            self.ask, clock=self.clock,
-        )  # fmt: skip
+            section, policy(section), lambda: membership, self.ask, clock=self.clock
+        )
 
 
 def policy(section: AutoscaleSection = SECTION) -> Policy:
@@ -128,10 +130,21 @@ def test_bounds_must_hold_the_start(section: AutoscaleSection, message: str) -> 
         policy(section)
 
 
-def test_apply_is_refused_as_long_as_nothing_can_be_applied() -> None:
-    check_mode(Config(autoscale=SECTION))
-    with pytest.raises(ConfigurationError, match=r"autoscale.mode must be off or advise.*apply"):
-        check_mode(Config(autoscale=replace(SECTION, mode="apply")))
+def test_a_service_that_runs_keeps_a_group() -> None:
+    asleep = replace(SECTION, min_groups=0)
+    check_mode(Config(autoscale=asleep))
+    check_mode(Config(autoscale=replace(SECTION, mode="apply")))
+    with pytest.raises(ConfigurationError, match=r"autoscale.min_groups must be 1 or more with.*0"):
+        check_mode(Config(autoscale=replace(asleep, mode="apply")))
+
+
+def test_there_are_no_more_groups_than_experts() -> None:
+    facts: Any = SimpleNamespace(num_experts=3)
+    membership = Membership(groups=1, num_routers=2, routers=ADDRESSES)
+    with pytest.raises(ConfigurationError, match=r"max_groups must be 1 to 3, the experts.*got 4"):
+        policy_at_start(Config(autoscale=SECTION), membership, facts)
+    facts.num_experts = 4
+    assert policy_at_start(Config(autoscale=SECTION), membership, facts).groups.most == 4
 
 
 def test_the_log_keeps_changes_longer_than_holds() -> None:
