@@ -72,6 +72,9 @@ Compute = Annotated[
 ExpertThreads = Annotated[
     int | None, _setting("experts.threads", "--expert-threads", panel="Experts")
 ]
+ExpertMetricsPort = Annotated[
+    int | None, _setting("experts.metrics_port", "--expert-metrics-port", panel="Experts")
+]
 Routers = Annotated[int | None, _setting("router.count", "--routers", panel="Router")]
 Host = Annotated[str | None, _setting("router.host", "--host", panel="Router")]
 Port = Annotated[int | None, _setting("router.port", "--port", panel="Router")]
@@ -223,6 +226,7 @@ def serve(
     expert_transport: Transport = None,
     expert_compute: Compute = None,
     expert_threads: ExpertThreads = None,
+    expert_metrics_port: ExpertMetricsPort = None,
     metrics_port: MetricsPort = None,
     trunk_ops: TrunkOps = None,
     router_threads: RouterThreads = None,
@@ -279,6 +283,7 @@ def serve(
                 "experts.transport": expert_transport,
                 "experts.compute": expert_compute,
                 "experts.threads": expert_threads,
+                "experts.metrics_port": expert_metrics_port,
                 "router.count": routers,
                 "router.host": host,
                 "router.port": port,

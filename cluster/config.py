@@ -59,6 +59,9 @@ class ExpertsSection:
     """Kernels of the experts; auto measures at start-up."""
     threads: int | None = number(None, minimum=1)
     """Threads of one expert group; unset: the node's cores shared among its groups."""
+    metrics_port: int | None = number(None, minimum=0, maximum=65535)
+    """Port of Prometheus metrics of expert groups; each group of a node takes the first free one
+    from it on; 0: any; unset: none."""
     patience_s: float = number(300.0, minimum=0)
     """Seconds that requests wait for experts whose group has died; then they fail. 0: at once."""
 

@@ -7,7 +7,9 @@ import os
 import threading
 
 from cluster.config import Config
+from cluster.group_metrics import group_metrics_text, open_group_metrics
 from cluster.members import ProcessFacts, new_boot
+from cluster.metrics import MetricsServer
 from cluster.preflight import checkpoint_folder
 from cluster.security import load_member
 from experts.device import require_deepspeed
@@ -32,6 +34,7 @@ class GroupProcess:
         self._config = config
         self._runtime: ExpertRuntime | None = None
         self._server: ExpertServer | None = None
+        self._metrics: MetricsServer | None = None
 
     def facts(self, node_id: str, address: str) -> ProcessFacts:
         """Return where this process runs."""
@@ -68,6 +71,11 @@ class GroupProcess:
         tls = member.server if member is not None else None
         self._server = start_expert_server(self._runtime, host, 0, tls)
         address: str = self._server.address
+        if self._config.experts.metrics_port is not None:
+            self._metrics = open_group_metrics(
+                host, self._config.experts.metrics_port, self._metrics_text
+            )
+            log.info("metrics_ready group=%s port=%d", self.group_id, self._metrics.port)
         log.info("group_ready group=%s address=%s", self.group_id, address)
         return address, placement.epoch
 
@@ -101,11 +109,19 @@ class GroupProcess:
         return placement.epoch
 
     def stop(self) -> None:
-        """Close the port."""
+        """Close the ports."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
         if self._server is not None:
             self._server.stop(STOP_GRACE_S)
             self._server = None
         self.stopped.set()
+
+    def _metrics_text(self) -> str:
+        assert self._runtime is not None  # the port opens after it is loaded
+        layer_pairs = self._runtime.load_counts().sum(axis=1).tolist()
+        return group_metrics_text(self._runtime.status(), layer_pairs)
 
 
 def _keys(layers: dict[int, list[int]]) -> set[tuple[int, int]]:

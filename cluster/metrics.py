@@ -87,7 +87,7 @@ def metrics_text(figures: Figures) -> str:
     lines = []
     for name, value in values.items():
         kind = "counter" if name.endswith("_total") else "gauge"
-        lines += [f"# TYPE expertmesh_{name} {kind}", _line(name, labels, value)]
+        lines += [f"# TYPE expertmesh_{name} {kind}", metric_line(name, labels, value)]
     lines += _histogram("time_to_first_token_seconds", labels, stats.latency.first_token)
     lines += _histogram("inter_token_latency_seconds", labels, stats.latency.between_tokens)
     if turns is not None:
@@ -97,7 +97,7 @@ def metrics_text(figures: Figures) -> str:
         lines.append(f"# TYPE expertmesh_{name} {kind}")
         for server in figures.servers:
             of_server = {**labels, "role": server.role, "server": server.address}
-            lines.append(_line(name, of_server, read(server)))
+            lines.append(metric_line(name, of_server, read(server)))
     return "\n".join(lines) + "\n"
 
 
@@ -116,12 +116,15 @@ class MetricsServer:
         host: Address to bind.
         port: 0 picks a free one.
         read: Makes the text; called in a thread of the server.
+        setting: Names the port in an error.
 
     Raises:
         ConfigurationError: The port is taken.
     """
 
-    def __init__(self, host: str, port: int, read: Callable[[], str]) -> None:
+    def __init__(
+        self, host: str, port: int, read: Callable[[], str], setting: str = "router.metrics_port"
+    ) -> None:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 """Answer with the text, whatever the query."""
@@ -142,7 +145,7 @@ class MetricsServer:
             self._server = ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
             raise ConfigurationError(
-                "router.metrics_port", f"cannot be bound on {host}: {error.strerror}", port
+                setting, f"cannot be bound on {host}: {error.strerror}", port
             ) from None
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
@@ -163,13 +166,14 @@ def _histogram(name: str, labels: Mapping[str, str], found: Distribution) -> lis
     for bound, added in zip((*found.bounds, math.inf), found.counts, strict=True):
         count += added
         le = "+Inf" if bound == math.inf else f"{bound:g}"
-        lines.append(_line(f"{name}_bucket", {**labels, "le": le}, count))
-    lines.append(_line(f"{name}_sum", labels, found.total))
-    lines.append(_line(f"{name}_count", labels, count))
+        lines.append(metric_line(f"{name}_bucket", {**labels, "le": le}, count))
+    lines.append(metric_line(f"{name}_sum", labels, found.total))
+    lines.append(metric_line(f"{name}_count", labels, count))
     return lines
 
 
-def _line(name: str, labels: Mapping[str, str], value: float) -> str:
+def metric_line(name: str, labels: Mapping[str, str], value: float) -> str:
+    """Return one line of the text; the name without its prefix."""
     inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
     return f"expertmesh_{name}{{{inside}}} {value:.17g}"
 
