@@ -242,8 +242,12 @@ def _range(bounds: Bounds, *, floor: int) -> _Range:
 
 
 def _idle_since(state: State) -> float | None:
+    """Requests may be over between two looks: the prompt tokens that came tell of those, too."""
     load = state.load
-    if load.num_requests is None or load.num_requests or load.waiting_tokens or load.batch_tokens:
+    is_known = load.num_requests is not None and load.prompt_tokens_per_s is not None
+    if not is_known or load.num_requests or load.prompt_tokens_per_s:
+        return None
+    if load.waiting_tokens or load.batch_tokens:
         return None
     since = state.memory.idle_since_s
     return state.now_s if since is None else since
@@ -326,7 +330,7 @@ def _wish(
     keeps, why = keeping.keeps, f"{keeping.name}: {keeping.text}"
     if 0 < memory.pressed_count < count and keeps <= memory.pressed_count:
         load = steady_demand(signals)
-        if load >= RELIEF * memory.pressed_demand:
+        if load and load >= RELIEF * memory.pressed_demand:
             keeps = memory.pressed_count + 1
             why = (
                 f"{memory.pressed_count} were too few at a load of {memory.pressed_demand:.2f},"

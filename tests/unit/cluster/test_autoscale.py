@@ -211,6 +211,21 @@ def test_a_request_ends_idleness() -> None:
         loop.ask(replace(IDLE, num_requests=1))
 
 
+@pytest.mark.parametrize("tokens_per_s", [5.0, None])
+def test_requests_between_two_looks_keep_groups_awake(tokens_per_s: float | None) -> None:
+    policy = replace(POLICY, groups=Bounds(least=0, most=4))
+    loop = Loop(policy)
+    loop.hold(replace(IDLE, prompt_tokens_per_s=tokens_per_s), 500)
+    assert (loop.groups, loop.changes) == (1, 0)
+
+
+def test_pressure_without_any_steady_load_ends() -> None:
+    loop = Loop()
+    loop.hold(replace(IDLE, num_requests=200), 6)
+    assert loop.routers == 4, "200 / 51 = 3.9"
+    assert loop.hold(IDLE, 60).routers.wanted == 1
+
+
 def test_a_missed_latency_target_adds_one_member_where_the_time_goes_by() -> None:
     policy = replace(POLICY, targets=Targets(itl_s=0.05))
     slow = replace(IDLE, num_requests=30, itl_s=0.08, group_busy=0.6, prompt_tokens_per_s=1200)
