@@ -6,8 +6,8 @@ waits and comes back with all its tokens. Two things more keep the time to an in
 token near to what it is without a batch:
 
 - a step that prefills an interactive prompt leaves all batch sequences out, decoding ones too;
-- while interactive requests come, the prompts of batch sequences get an eighth of a step's tokens,
-  so that no step in which an interactive request arrives is long.
+- while interactive requests come, the prompts of batch sequences get a sixteenth of a step's
+  tokens, so that no step in which an interactive request arrives is long.
 
 The share that batch work keeps: every eighth step takes it along, whatever waits. It has no claim
 to seats or blocks: as long as interactive requests fill them all, it waits.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 BATCH_EVERY = 8
 """Of consecutive steps that prefill interactive prompts, each one of so many has batch work."""
-BATCH_PROMPT_PART = 8
+BATCH_PROMPT_PART = 16
 """Batch prompts get a step's tokens divided by this, beside interactive traffic."""
 QUIET_S = 60.0
 """Without an interactive request for so long, batch prompts get whole steps."""

@@ -191,16 +191,16 @@ def test_finishing_frees_everything_wherever_the_sequence_is() -> None:
 
 
 def test_interactive_goes_first_in_queue_and_tokens() -> None:
-    table = Table(budget=16)
-    batch, interactive = table.add_batch(20), table.add(20)
-    assert spans(table.step()) == [(interactive.arrival, 0, 16)]
-    assert spans(table.step()) == [(interactive.arrival, 16, 20)]
-    # Beside interactive traffic a batch prompt gets an eighth of the step's tokens.
-    assert 16 // BATCH_PROMPT_PART == 2
+    table = Table(budget=32)
+    batch, interactive = table.add_batch(40), table.add(40)
+    assert spans(table.step()) == [(interactive.arrival, 0, 32)]
+    assert spans(table.step()) == [(interactive.arrival, 32, 40)]
+    # Beside interactive traffic a batch prompt gets a sixteenth of the step's tokens.
+    assert 32 // BATCH_PROMPT_PART == 2
     assert spans(table.step()) == [(batch.arrival, 0, 2)]
     table.scheduler.finish(interactive)
     assert spans(table.step(QUIET_S - 1)) == [(batch.arrival, 2, 4)]
-    assert spans(table.step(QUIET_S + 1)) == [(batch.arrival, 4, 20)]
+    assert spans(table.step(QUIET_S + 1)) == [(batch.arrival, 4, 36)]
 
 
 def test_steps_with_an_interactive_prompt_leave_batch_out_but_every_eighth() -> None:
