@@ -47,11 +47,13 @@ class ExpertGroupActor:
         self._process = GroupProcess(self._group_id, self._config)
         return self._process.facts(*_where())
 
-    def load(self, placement_json: str, dtype: str, threads: int, host: str) -> tuple[str, int]:
-        """Load the experts that the placement gives this group; return gRPC address and epoch."""
-        return self._running.load(placement_json, dtype, threads, host)
+    def load(
+        self, placement_json: str, dtype: str, threads: int, host: str, compute: str
+    ) -> tuple[str, int, str]:
+        """Load what the placement gives this group; return gRPC address, epoch, and compute."""
+        return self._running.load(placement_json, dtype, threads, host, compute)
 
-    def take(self, placement_json: str) -> tuple[str, int]:
+    def take(self, placement_json: str) -> tuple[str, int, str]:
         """Load what the placement gives this group, beside what it holds; returns likewise."""
         return self._running.take(placement_json)
 

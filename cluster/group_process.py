@@ -12,7 +12,7 @@ from cluster.members import ProcessFacts, new_boot
 from cluster.metrics import MetricsServer
 from cluster.preflight import checkpoint_folder
 from cluster.security import load_member
-from experts.device import require_deepspeed
+from experts.device import current_device, require_deepspeed
 from experts.placement import Placement
 from experts.runtime import ExpertRuntime
 from experts.service import ExpertServer, start_expert_server
@@ -43,7 +43,9 @@ class GroupProcess:
             node_id=node_id, address=address, pid=os.getpid(), cores=cores, boot=self._boot
         )
 
-    def load(self, placement_json: str, dtype: str, threads: int, host: str) -> tuple[str, int]:
+    def load(
+        self, placement_json: str, dtype: str, threads: int, host: str, compute: str
+    ) -> tuple[str, int, str]:
         """Load this group's experts and open its port.
 
         Args:
@@ -51,19 +53,23 @@ class GroupProcess:
             dtype: Of weights, rows and outputs.
             threads: Threads that work on one forward.
             host: Address to bind; the port is a free one.
+            compute: As `experts.compute`. What the other groups chose, where they have: ways to
+                compute differ in the last bits, and an expert's must not change when it moves.
 
         Returns:
-            `host:port`, and the placement's epoch.
+            `host:port`, the placement's epoch, and how it computes.
 
         Raises:
             ExpertMeshError: From the checkpoint, the memory, the placement, or the certificate.
         """
         placement = Placement.from_json(placement_json)
+        if self._config.experts.compute == "auto" and not _is_possible(compute):
+            compute = "auto"
         self._runtime = ExpertRuntime(
             group_id=self.group_id,
             checkpoint=checkpoint_folder(self._config.model),
             dtype=dtype,
-            compute=self._config.experts.compute,
+            compute=compute,
             num_threads=threads,
         )
         self._runtime.load(placement)
@@ -77,13 +83,13 @@ class GroupProcess:
             )
             log.info("metrics_ready group=%s port=%d", self.group_id, self._metrics.port)
         log.info("group_ready group=%s address=%s", self.group_id, address)
-        return address, placement.epoch
+        return address, placement.epoch, self._kind
 
-    def take(self, placement_json: str) -> tuple[str, int]:
+    def take(self, placement_json: str) -> tuple[str, int, str]:
         """Load what a placement gives this group, beside what it holds, while forwards go on.
 
         Returns:
-            `host:port`, and the placement's epoch.
+            As `load`.
 
         Raises:
             ResourceError: It does not fit; nothing has changed.
@@ -95,7 +101,7 @@ class GroupProcess:
         given = _keys(placement.experts_of(self.group_id))
         missing = given - _keys(self._runtime.status().layers)
         self._runtime.load_experts(sorted(missing), placement.epoch)
-        return self._server.address, placement.epoch
+        return self._server.address, placement.epoch, self._kind
 
     def trim(self, placement_json: str) -> int:
         """Forget what a placement does not give this group; return its epoch."""
@@ -107,6 +113,12 @@ class GroupProcess:
         epoch = max(placement.epoch, self._runtime.epoch)
         self._runtime.drop_experts(sorted(surplus), epoch)
         return placement.epoch
+
+    @property
+    def _kind(self) -> str:
+        """How it computes, as `experts.compute` says it."""
+        assert self._runtime is not None  # the caller's order: load comes first
+        return self._runtime.status().compute.partition("-")[0]
 
     def stop(self) -> None:
         """Close the ports."""
@@ -122,6 +134,11 @@ class GroupProcess:
         assert self._runtime is not None  # the port opens after it is loaded
         layer_pairs = self._runtime.load_counts().sum(axis=1).tolist()
         return group_metrics_text(self._runtime.status(), layer_pairs)
+
+
+def _is_possible(compute: str) -> bool:
+    """Return whether this device can compute so: native kernels are for CPUs."""
+    return compute != "native" or current_device().type == "cpu"
 
 
 def _keys(layers: dict[int, list[int]]) -> set[tuple[int, int]]:

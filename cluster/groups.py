@@ -71,6 +71,8 @@ class Group:
     """Of the process that runs, or ran last."""
     address: str = ""
     """Of its gRPC server; empty before its process has loaded experts."""
+    compute: str = ""
+    """How it computes, or did last: native, deepspeed or torch."""
     holds: int = 0
     """See `GroupView`."""
     trimmed: int = 0

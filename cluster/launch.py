@@ -321,8 +321,14 @@ class Service:
             lambda name, _: self.progress(f"{name} loaded in {time.monotonic() - started:.1f} s"),
         )
         for group_id, group in groups.items():
-            group.address, group.holds = results[group_id]
+            group.address, group.holds, group.compute = results[group_id]
             group.trimmed = group.holds
+        kinds = {group.compute for group in groups.values()}
+        if len(kinds) > 1:
+            self.progress(
+                f"warning: expert groups compute in different ways ({', '.join(sorted(kinds))}):"
+                " last bits change when experts move; --expert-compute sets one"
+            )
 
     def _open_ports(self, processes: Processes) -> None:
         routers = processes.routers.all

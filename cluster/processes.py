@@ -160,7 +160,12 @@ class Processes:
             {facts.node_id: facts.cores},
         )[group.group_id]
         host = "127.0.0.1" if self._cluster.is_private else facts.address
-        return group.actor.call("load", placement.to_json(), self._facts.dtype, threads, host)
+        compute: str = self._config.experts.compute
+        chosen = [g.compute for g in self.groups.all.values() if g.compute]
+        if compute == "auto" and chosen:
+            compute = chosen[0]
+        call = group.actor.call
+        return call("load", placement.to_json(), self._facts.dtype, threads, host, compute)
 
     def missing_nodes(self) -> str:
         """Return what the cluster lacks for the groups and routers that there are to be."""

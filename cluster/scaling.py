@@ -300,7 +300,7 @@ class Scaling:
             self._fail(error, group.group_id)
             return
         if isinstance(done, tuple):
-            group.address, group.holds = done
+            group.address, group.holds, group.compute = done
         else:
             group.trimmed = done
 
