@@ -42,6 +42,8 @@ class GroupMember:
 class ServiceView:
     """What every router says of the whole service."""
 
+    version: int
+    """Grows: calls into a process may overtake each other."""
     groups: tuple[GroupMember, ...]
     routers: Mapping[str, str]
     """router_id -> gRPC address."""

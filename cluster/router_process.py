@@ -232,7 +232,9 @@ class RouterProcess:
         check_answers(self._address, CHECK_TIMEOUT_S, self._security.to_routers)
 
     def set_view(self, view: ServiceView) -> None:
-        """Learn how the whole service is."""
+        """Learn how the whole service is; what is older than what is known is left out."""
+        if self._service is not None and view.version <= self._service.version:
+            return
         self._service, self._members, self._routers = view, view.groups, dict(view.routers)
 
     def connect(self, placement_json: str, members: list[GroupMember]) -> tuple[str, int]:

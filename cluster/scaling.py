@@ -85,6 +85,7 @@ class Scaling:
     _trouble: str = ""
     _wishes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """router_id -> (actor, reference) of its open `next_wish`."""
+    _version: int = 0
     _told: tuple[ServiceView, tuple[Any, ...]] | None = None
     """What the routers were last told, and which processes."""
 
@@ -133,6 +134,7 @@ class Scaling:
     def view(self) -> ServiceView:
         """Return what every router says of the whole service."""
         return ServiceView(
+            version=self._version,
             groups=tuple(self.members()),
             routers=self.routers.addresses(),
             target_groups=self.target.groups if self.placement else 0,
@@ -365,6 +367,8 @@ class Scaling:
         view = self.view()
         serving = tuple(router.actor for router in self.routers.up)
         if self._told != (view, serving):
+            self._version += 1
+            view = replace(view, version=self._version)
             self._told = view, serving
             for actor in serving:
                 actor.call("join_group", view)
