@@ -82,7 +82,9 @@ class Attempts:
         ours = from_rpc_error(error)
         # Our own call may have left the lease behind, with a router that died under it.
         is_held = isinstance(ours, SessionBusyError) and self._num_failed > 0
-        if ours.code != grpc.StatusCode.UNAVAILABLE and not is_held:
+        # A server that ends resets a stream that it has just accepted, without a word of ours.
+        is_cut = error.code() == grpc.StatusCode.CANCELLED and error.details() == "CANCELLED"
+        if ours.code != grpc.StatusCode.UNAVAILABLE and not (is_held or is_cut):
             raise ours from error
         if is_open and not (can_resume and self.may_resume):
             raise ours from error
