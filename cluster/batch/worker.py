@@ -42,7 +42,8 @@ class PartWorker:
         self._reader = PartReader(Place.of(settings.input_uri, "input"), settings.input_format)
         self._ledger = Ledger(Place.of(settings.output_uri, "output"), settings.output_format)
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="asker", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="asker", daemon=True)
+        self._thread.start()
         self._asker: Asker = self._call(self._make_asker())
 
     def run(self, part: Part) -> DonePart:
@@ -62,6 +63,8 @@ class PartWorker:
         """Close the connections and end the thread."""
         self._call(self._asker.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     async def _make_asker(self) -> Asker:
         return Asker(self._settings.asker)
