@@ -132,8 +132,11 @@ class EmbeddedServer:
         file = folder / "server.conf"
         file.touch(mode=0o600)
         file.write_text(f"{lines}maxmemory {maxmemory_bytes}\n{extra}\n")
+        # Cached values are written beside the engine's steps; on its cores, they let it finish.
+        policy = "batch" if role is Role.BLOB else "normal"
+        command = [str(program), file.name]
         guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_GUARD), str(folder), str(program), file.name],
+            [sys.executable, "-I", "-S", str(_GUARD), str(folder), policy, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

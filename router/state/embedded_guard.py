@@ -6,11 +6,13 @@ removed. Should the guard itself be killed, the kernel kills the server (PR_SET_
 signal is tied to the *thread* that forked, and this process has only one, ours may have many.
 
 Run as a script, isolated from our packages, so that it starts in milliseconds:
-`python -I -S embedded_guard.py FOLDER COMMAND...`
+`python -I -S embedded_guard.py FOLDER POLICY COMMAND...`; POLICY `batch` keeps the server from
+preempting others when it wakes, `normal` does not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -26,8 +28,11 @@ LOG_TAIL_BYTES = 2000
 PR_SET_PDEATHSIG = 1
 
 
-def main(folder: str, command: list[str]) -> int:
+def main(folder: str, policy: str, command: list[str]) -> int:
     """Run the server until our standard input closes, it ends, or we get SIGTERM or SIGINT."""
+    if policy == "batch" and sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a sandbox may forbid it; it is only faster
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # the server inherits it
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
@@ -74,4 +79,4 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))

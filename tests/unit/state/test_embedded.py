@@ -115,6 +115,12 @@ def test_a_role_has_its_settings(
             assert (lines[2], lines[4]) == (name, value)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="scheduling policies are Linux's")
+def test_cached_values_preempt_nobody(start_server: StartServer) -> None:
+    assert os.sched_getscheduler(start_server(Role.BLOB).pid) == os.SCHED_BATCH
+    assert os.sched_getscheduler(start_server(Role.META).pid) == os.SCHED_OTHER
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_it_dies_with_a_parent_that_is_killed(number: int, server_program: Path) -> None:
     process, server, guard, folder = parent(Role.META, server_program)
