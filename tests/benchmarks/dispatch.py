@@ -31,6 +31,7 @@ import torch
 
 from experts.planner import plan_placement
 from router.gating.dispatch import DispatchHandle, ExpertDispatcher
+from router.gating.route import SentCall
 from tests.benchmarks.echo import EchoServers, message
 from tests.benchmarks.group_processes import GroupPool, ServedGroups
 from tests.benchmarks.harness import OtherCores, Samples, percentile, report
@@ -62,9 +63,10 @@ def echo_messages(dispatcher: ExpertDispatcher, num_rows: int, hidden: int) -> l
     original = dispatcher.combine
 
     def observe(handle: DispatchHandle) -> torch.Tensor:
-        options = dispatcher.options
-        for group in handle.called:
-            rows, pairs = handle.call.num_rows[group], handle.call.num_pairs[group]
+        options, sent = dispatcher.options, handle.sent
+        assert isinstance(sent, SentCall)
+        for group in sent.called:
+            rows, pairs = sent.packed.num_rows[group], sent.packed.num_pairs[group]
             forward = 64 + pairs * 12 + rows * hidden * options.item_bytes
             sizes.append((forward, 64 + options.result_bytes(rows, pairs)))
         return original(handle)
