@@ -115,7 +115,6 @@ def test_a_role_has_its_settings(
             assert (lines[2], lines[4]) == (name, value)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="scheduling policies are Linux's")
 def test_cached_values_preempt_nobody(start_server: StartServer) -> None:
     assert os.sched_getscheduler(start_server(Role.BLOB).pid) == os.SCHED_BATCH
     assert os.sched_getscheduler(start_server(Role.META).pid) == os.SCHED_OTHER
