@@ -162,7 +162,11 @@ class Scaling:
         for router in self.routers.all.values():
             if router.work is not None:
                 found[f"{router.router_id}/work"] = router.work
-        wishes = {f"{name}/wish": reference for name, (_, reference) in self._wishes.items()}
+        wishes = {
+            f"{name}/wish": reference
+            for name, (_, reference) in self._wishes.items()
+            if reference is not None
+        }
         return found | wishes
 
     def finished(self, key: str) -> None:
@@ -321,11 +325,14 @@ class Scaling:
             router.follows = epoch
 
     def _take_wish(self, router_id: str) -> None:
-        _, reference = self._wishes.pop(router_id)
+        actor, reference = self._wishes.pop(router_id)
         try:
             wish: Wish | None = self.calls.result(router_id, reference, RouterLostError)
         except ExpertMeshError:
-            return  # the router died; its next process gets a call of its own
+            # The router died, and `wait` may say so a little later. Its next process gets a call of
+            # its own; one more to this one would fail at once, and so on without end.
+            self._wishes[router_id] = actor, None
+            return
         match wish:
             case ScaleWish(expert_groups, routers):
                 self.scale(expert_groups, routers)

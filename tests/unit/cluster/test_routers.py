@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from cluster.controller import Target
+from cluster.groups import Groups
 from cluster.members import ProcessFacts, RouterReady
 from cluster.routers import (
     FIRST_BACKOFF_S,
@@ -17,6 +19,7 @@ from cluster.routers import (
     Routers,
     backoff_s,
 )
+from cluster.scaling import Scaling
 from protos.errors import ConfigurationError, ExpertMeshError, RouterLostError
 
 START_TIMEOUT_S = 60.0
@@ -280,3 +283,24 @@ def test_a_router_that_is_down_leaves_at_once(world: World, routers: Routers) ->
     assert routers.all["router-0"].phase is Phase.LEFT
     routers.tick()
     assert world.num_spawned == 0
+
+
+def test_a_dead_router_is_asked_for_wishes_once(world: World, routers: Routers) -> None:
+    """Its open call may fail before the one that tells of its death; others would fail at once."""
+    groups = Groups(world, world, world.said.append, START_TIMEOUT_S)  # type: ignore[arg-type]
+    scaling = Scaling(
+        world,
+        world,  # type: ignore[arg-type]
+        world.said.append,
+        groups,
+        routers,
+        Target(groups=0, routers=2),
+        drain_timeout_s=1.0,
+    )
+    assert scaling.references().keys() == {"router-0/wish", "router-1/wish"}
+    world.errors["next_wish"] = RouterLostError("router-0", "its process ended")
+    scaling.finished("router-0/wish")
+    assert scaling.references().keys() == {"router-1/wish"}
+    die(world, routers)
+    run_to_up(routers)
+    assert scaling.references().keys() == {"router-0/wish", "router-1/wish"}, "a new process"
