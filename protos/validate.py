@@ -137,8 +137,11 @@ def _resumable_violations(
     if request.session_id and held and len(held) != request.resume_from - 1:
         rule = "must be resume_from - 1 in a session"
         found.append(Violation("resume_tokens.ids", rule, len(held)))
-    if request.stopping.max_tokens and len(held) >= request.stopping.max_tokens:
-        rule = f"must be fewer than stopping.max_tokens ({request.stopping.max_tokens})"
+    # A turn of a session may have said all its tokens and not yet its end.
+    most = request.stopping.max_tokens - (not request.session_id)
+    if request.stopping.max_tokens and len(held) > most:
+        bound = "at most" if request.session_id else "fewer than"
+        rule = f"must be {bound} stopping.max_tokens ({request.stopping.max_tokens})"
         found.append(Violation("resume_tokens.ids", rule, len(held)))
     return found + token_id_violations("resume_tokens.ids", held, limits.vocab_size)
 

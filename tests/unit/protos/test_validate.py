@@ -275,3 +275,13 @@ def test_a_priority_of_a_later_version_is_refused() -> None:
     message.priority = 7  # type: ignore[assignment]
     names = "PRIORITY_UNSPECIFIED, PRIORITY_INTERACTIVE, PRIORITY_BATCH"
     assert violations(message) == [("priority", f"must be one of {names}", 7)]
+
+
+def test_a_turn_of_a_session_may_have_said_all_its_tokens_but_not_its_end() -> None:
+    request = generation_pb2.GenerateRequest(request_id="r", session_id="s", resume_from=3)
+    request.resume_tokens.ids.extend((1, 2))
+    request.stopping.max_tokens = 2
+    validate_generate(request, LIMITS)
+    request.stopping.max_tokens = 1
+    with pytest.raises(InvalidFieldError, match=r"at most stopping.max_tokens \(1\), got 2"):
+        validate_generate(request, LIMITS)
