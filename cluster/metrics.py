@@ -8,36 +8,15 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from cluster.router_status import Server
+from cluster.figures import Figures, Server
 from protos.errors import ConfigurationError
-from router.engine.config import EngineStats
-from router.engine.tier import TierStats
-from router.gateway.forwarding import ForwardStats
-from router.gateway.turn_figures import TurnStats
-from router.state.cold import ColdStats
 from router.state.counters import Distribution
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BREAKERS = {"closed": 0, "half-open": 1, "open": 2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """What one router says of itself."""
-
-    router_id: str
-    model: str
-    stats: EngineStats
-    tier: TierStats | None = None
-    cold: ColdStats = field(default_factory=ColdStats)
-    servers: Sequence[Server] = ()
-    forwards: ForwardStats | None = None
-    turns: TurnStats | None = None
-    sessions_held: int = 0
 
 
 def metrics_text(figures: Figures) -> str:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.config import StateSection
+from cluster.figures import BLOB, META, Server
 from cluster.members import StateServers
-from cluster.router_status import BLOB, META, Server, memory_of
+from cluster.router_status import memory_of
 from protos.errors import StateUnavailableError
 from protos.tls import Access
 from router.engine.chain import namespace_digest

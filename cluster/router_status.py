@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from cluster.figures import Figures, Server
 from cluster.members import ServiceView
 from protos.v1 import cluster_pb2
 from router.engine.config import EngineStats
@@ -12,21 +12,64 @@ from router.engine.latencies import LatencyStats
 from router.engine.tier import TierStats
 from router.state.cold import ColdStats
 
-META, BLOB = "meta", "blob"
 
+def router_status(
+    figures: Figures,
+    *,
+    state: str,
+    address: str,
+    pid: int,
+    trunk_ops: str,
+    block_bytes: int,
+    max_snapshot_bytes: int,
+) -> cluster_pb2.RouterStatus:
+    """Return one router's line.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
-    """One server of sessions or cached values, as this router sees it."""
-
-    role: str
-    address: str
-    """Without credentials."""
-    breaker: str
-    """closed, open or half-open."""
-    failures: int = 0
-    used_bytes: int = 0
-    limit_bytes: int = 0
+    Args:
+        figures: What it has counted.
+        state: STARTING, READY, DRAINING or STOPPING.
+        address: Its `host:port`, as clients reach it.
+        pid: Of its process.
+        trunk_ops: How its trunk computes.
+        block_bytes: Of one KV block, all layers together.
+        max_snapshot_bytes: Budget of the snapshots.
+    """
+    stats = figures.stats
+    status = cluster_pb2.RouterStatus(
+        router_id=figures.router_id,
+        state=state,
+        grpc_address=address,
+        requests_running=stats.num_running,
+        requests_waiting=stats.num_waiting,
+        kv_blocks_used=stats.num_blocks_used,
+        kv_blocks_total=stats.num_blocks,
+        state_slots_used=stats.num_state_slots_used,
+        state_slots_total=stats.num_state_slots,
+        prompt_tokens=stats.prompt_tokens,
+        generation_tokens=stats.generation_tokens,
+        preemptions=stats.preemptions,
+        steps=stats.steps,
+        step_s=stats.step_s,
+        dispatch_s=stats.dispatch_s,
+        pid=pid,
+        trunk_ops=trunk_ops,
+        waiting_tokens=stats.num_queued_tokens,
+        latency=latency_status(stats.latency),
+        cold=cold_status(stats, figures.cold),
+        prefill_tokens_per_s=figures.prefill_tokens_per_s,
+        sessions_held=figures.sessions_held,
+        stores=[store_status(server) for server in figures.servers],
+    )
+    if stats.reuse.is_on:
+        status.cache.CopyFrom(
+            cache_status(
+                stats,
+                figures.tier,
+                block_bytes=block_bytes,
+                max_snapshot_bytes=max_snapshot_bytes,
+            )
+        )
+    return status
 
 
 def cache_status(

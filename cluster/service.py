@@ -7,14 +7,15 @@ member that does not answer is listed with state LOST instead of failing the cal
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any, Protocol, cast
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
-from cluster.members import GroupMember, LeaveWish, PlaceWish, ScaleWish, Wish
+from cluster.members import GroupMember, LeaveWish, PlaceWish, ScaleWish
+from cluster.membership import Membership
 from experts.moves import replan
 from experts.placement import Placement
 from experts.planner import balancedness, group_load, num_moves
@@ -41,10 +42,9 @@ LOST = "LOST"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class RouterView(Protocol):
+class OwnRouter(Protocol):
     """What the service asks of the router it runs in."""
 
-    router_id: str
     shutdown_timeout_s: float
     """How long running requests get where a drain sets no time."""
 
@@ -56,44 +56,17 @@ class RouterView(Protocol):
         """Return the fields that are the same everywhere; routers and groups empty."""
         ...
 
-    def group_members(self) -> tuple[GroupMember, ...]:
-        """Return the expert groups."""
-        ...
-
-    def router_addresses(self) -> Mapping[str, str]:
-        """Return router_id -> gRPC address of every router, this one included."""
-        ...
-
-    def transport_of(self, group_id: str) -> str:
-        """Return how this router reaches the group: lane-unix, lane-tcp or grpc."""
-        ...
-
-    def placement(self) -> Placement | None:
-        """Return the placement in force; None in a dense model."""
-        ...
-
-    def load_counts(self) -> npt.NDArray[np.int64]:
-        """Return `[num_layers, num_experts]` pairs that this router has dispatched."""
-        ...
-
-    def expert_bytes(self) -> int:
-        """Return the bytes of one expert."""
-        ...
-
-    def explain_autoscale(self, limit: int) -> cluster_pb2.ExplainAutoscaleResponse:
-        """Return the last decisions on the number of members."""
-        ...
-
     async def drain_and_leave(self, timeout_s: float) -> int:
         """Take nothing new, finish what runs, then end the process; return what was left."""
         ...
 
-    def wish(self, wish: Wish) -> None:
-        """Ask the process of `serve` for a change of the service; returns at once."""
-        ...
 
-    def is_member(self, group_id: str) -> bool:
-        """Return whether the service has this expert group."""
+class OwnExperts(Protocol):
+    """What the service asks about the experts, as this router reaches them."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """The placement in force; None in a dense model."""
         ...
 
     @property
@@ -101,17 +74,42 @@ class RouterView(Protocol):
         """Experts of a layer; 0 in a dense model."""
         ...
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert."""
+        ...
+
+    def transport_of(self, group_id: str) -> str:
+        """Return how this router reaches the group: lane-unix, lane-tcp or grpc."""
+        ...
+
+    def load_counts(self) -> npt.NDArray[np.int64]:
+        """Return `[num_layers, num_experts]` pairs that this router has dispatched."""
+        ...
+
 
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
-    """The gRPC side; registered in the router's own server, which maps errors to statuses."""
+    """The gRPC side; registered in the router's own server, which maps errors to statuses.
+
+    Args:
+        router: The router it runs in.
+        experts: As that router reaches them.
+        members: The service, as that router knows it.
+        to_routers: What the other routers' ports demand.
+        to_groups: What the expert groups' ports demand.
+    """
 
     def __init__(
         self,
-        router: RouterView,
+        router: OwnRouter,
+        experts: OwnExperts,
+        members: Membership,
         to_routers: Access | None = None,
         to_groups: Access | None = None,
     ) -> None:
         self._router = router
+        self._experts = experts
+        self._members = members
         self._to_routers = to_routers or Access()
         self._to_groups = to_groups or Access()
 
@@ -142,9 +140,9 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         timeout_s = request.timeout_s or self._router.shutdown_timeout_s
         if not timeout_s >= 0:
             raise InvalidFieldError("timeout_s", "must be 0 (the service's own) or more", timeout_s)
-        routers = self._router.router_addresses()
-        target = request.target or self._router.router_id
-        if target == self._router.router_id:
+        routers = self._members.routers
+        target = request.target or self._members.router_id
+        if target == self._members.router_id:
             return cluster_pb2.DrainResponse(
                 requests_left=await self._router.drain_and_leave(timeout_s)
             )
@@ -156,7 +154,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 except grpc.RpcError as error:
                     raise from_rpc_error(error) from error
                 return cast(cluster_pb2.DrainResponse, answer)
-        groups = [member.group_id for member in self._router.group_members()]
+        groups = [member.group_id for member in self._members.groups]
         if target in groups:
             return await self._drain_group(target, timeout_s)
         known = ", ".join([*routers, *groups])
@@ -168,7 +166,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         """Want other numbers of groups and routers; the service changes behind this call."""
         groups = request.expert_groups if request.HasField("expert_groups") else None
         routers = request.routers if request.HasField("routers") else None
-        num_experts = self._router.num_experts
+        num_experts = self._experts.num_experts
         if groups is not None and not num_experts:
             raise UnsupportedFeatureError("expert groups: the model is dense and has no experts")
         if groups is not None and not 1 <= groups <= num_experts:
@@ -176,22 +174,22 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             raise InvalidFieldError("expert_groups", rule, groups)
         if routers is not None and not 1 <= routers <= MAX_ROUTERS:
             raise InvalidFieldError("routers", f"must be 1 to {MAX_ROUTERS}", routers)
-        self._router.wish(ScaleWish(groups, routers))
+        self._members.wish(ScaleWish(groups, routers))
         return cluster_pb2.ScaleResponse()
 
     async def PlanPlacement(
         self, request: cluster_pb2.PlanPlacementRequest, context: Context
     ) -> cluster_pb2.PlanPlacementResponse:
         """Run the planner on these capacities and the load so far; changes nothing."""
-        before = self._router.placement()
+        before = self._experts.placement
         if before is None:
             raise UnsupportedFeatureError("a placement: the model is dense and has no experts")
         capacities = {group.group_id: group.capacity for group in request.groups} or {
-            member.group_id: member.capacity for member in self._router.group_members()
+            member.group_id: member.capacity for member in self._members.groups
         }
         if len(capacities) < len(request.groups):
             raise InvalidFieldError("groups", "must not name a group twice", len(request.groups))
-        load = self._router.load_counts()
+        load = self._experts.load_counts()
         after = replan(before, capacities, load, even=True)
         shares = group_load(after, load).sum(axis=0)
         total = float(shares.sum()) or 1.0
@@ -204,7 +202,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
                 cluster_pb2.GroupPlan(
                     group_id=group,
                     num_experts=held[group],
-                    bytes=held[group] * self._router.expert_bytes(),
+                    bytes=held[group] * self._experts.expert_bytes,
                     expected_load=float(share) / total,
                 )
                 for group, share in zip(after.groups, shares, strict=True)
@@ -217,29 +215,29 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self, request: cluster_pb2.ApplyPlacementRequest, context: Context
     ) -> cluster_pb2.ApplyPlacementResponse:
         """Want the placement that `PlanPlacement` shows for the groups that run."""
-        placement = self._router.placement()
+        placement = self._experts.placement
         if placement is None:
             raise UnsupportedFeatureError("a placement: the model is dense and has no experts")
         if request.expected_epoch not in (0, placement.epoch):
             raise StalePlacementError(0, 0, placement.epoch, request.expected_epoch)
         for group in request.groups:
-            if not self._router.is_member(group.group_id):
-                known = ", ".join(member.group_id for member in self._router.group_members())
+            if not self._members.is_member(group.group_id):
+                known = ", ".join(member.group_id for member in self._members.groups)
                 raise InvalidFieldError(
                     "groups.group_id", f"must be one of {known}", group.group_id
                 )
             if not 0 < group.capacity < float("inf"):
                 raise InvalidFieldError("groups.capacity", "must be above 0", group.capacity)
         capacities = {group.group_id: group.capacity for group in request.groups}
-        self._router.wish(PlaceWish(capacities, self._router.load_counts()))
+        self._members.wish(PlaceWish(capacities, self._experts.load_counts()))
         return cluster_pb2.ApplyPlacementResponse(placement_epoch=placement.epoch)
 
     async def _drain_group(self, group_id: str, timeout_s: float) -> cluster_pb2.DrainResponse:
-        if len(self._router.group_members()) <= 1:
+        if len(self._members.groups) <= 1:
             raise InvalidFieldError("target", "must not be the only expert group", group_id)
-        self._router.wish(LeaveWish(group_id))
+        self._members.wish(LeaveWish(group_id))
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._router.is_member(group_id):
+        while self._members.is_member(group_id):
             left_s = deadline - asyncio.get_running_loop().time()
             if left_s <= 0:
                 raise DeadlineExceededError(f"draining {group_id}", timeout_s)
@@ -250,7 +248,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self, request: cluster_pb2.ExplainAutoscaleRequest, context: Context
     ) -> cluster_pb2.ExplainAutoscaleResponse:
         """Answer with the last decisions on the number of members."""
-        return self._router.explain_autoscale(request.limit)
+        return self._members.explain_autoscale(request.limit)
 
     async def _status(self, *, local_only: bool) -> cluster_pb2.ClusterStatus:
         status = self._router.service_status()
@@ -260,12 +258,12 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             return status
         others = {
             router_id: address
-            for router_id, address in self._router.router_addresses().items()
+            for router_id, address in self._members.routers.items()
             if router_id != own.router_id
         }
         routers, groups = await asyncio.gather(
             asyncio.gather(*(self._ask_router(name, address) for name, address in others.items())),
-            asyncio.gather(*(self._ask_group(m) for m in self._router.group_members())),
+            asyncio.gather(*(self._ask_group(m) for m in self._members.groups)),
         )
         status.routers.extend(sorted([own, *routers], key=lambda router: router.router_id))
         status.groups.extend(groups)
@@ -276,7 +274,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             group_id=member.group_id,
             state=LOST,
             grpc_address=member.grpc_address,
-            transport=self._router.transport_of(member.group_id),
+            transport=self._experts.transport_of(member.group_id),
             node_id=member.node_id,
             pid=member.pid,
         )

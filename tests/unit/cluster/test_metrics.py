@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.metrics import Figures, MetricsServer, metrics_text
-from cluster.router_status import Server
+from cluster.figures import Figures, Server
+from cluster.metrics import MetricsServer, metrics_text
 from protos.errors import ConfigurationError
 from router.engine.config import EngineStats, ReuseStats
 from router.engine.tier import TierStats

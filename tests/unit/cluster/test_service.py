@@ -8,19 +8,41 @@ from typing import Any
 
 import pytest
 
+from cluster.members import ServiceView
+from cluster.membership import Membership
 from cluster.service import ClusterServicer
 from protos.errors import InvalidFieldError, UnreachableError
 from protos.v1 import cluster_pb2
 
 
+def view_of(routers: dict[str, str]) -> ServiceView:
+    return ServiceView(
+        version=1,
+        groups=(),
+        routers=routers,
+        target_groups=0,
+        target_routers=len(routers),
+        change="",
+        trouble="",
+        is_settled=True,
+    )
+
+
+def servicer(router: Any, members: Membership | None = None) -> ClusterServicer:
+    """Of a dense model: nothing asks about experts."""
+    experts: Any = None
+    return ClusterServicer(router, experts, members or Membership("router-0"))
+
+
 async def test_draining_a_router_that_is_gone_says_unreachable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed_soon:
         port = closed_soon.getsockname()[1]
+    members = Membership("router-0")
     addresses = {"router-0": "127.0.0.1:1", "router-1": f"127.0.0.1:{port}"}
-    router: Any = SimpleNamespace(router_id="router-0", router_addresses=lambda: addresses)
+    members.learn(view_of(addresses))
     request = cluster_pb2.DrainRequest(target="router-1", timeout_s=5)
     with pytest.raises(UnreachableError):
-        await ClusterServicer(router).Drain(request, None)  # type: ignore[arg-type]
+        await servicer(SimpleNamespace(), members).Drain(request, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("asked_s", "taken_s"), [(0.0, 45.0), (5.0, 5.0)])
@@ -33,21 +55,13 @@ async def test_a_drain_without_a_time_takes_the_services_own(
         taken.append(timeout_s)
         return 3
 
-    router: Any = SimpleNamespace(
-        router_id="router-0",
-        router_addresses=dict,
-        shutdown_timeout_s=45.0,
-        drain_and_leave=drain_and_leave,
-    )
+    router = SimpleNamespace(shutdown_timeout_s=45.0, drain_and_leave=drain_and_leave)
     request = cluster_pb2.DrainRequest(timeout_s=asked_s)
-    answer = await ClusterServicer(router).Drain(request, None)  # type: ignore[arg-type]
+    answer = await servicer(router).Drain(request, None)  # type: ignore[arg-type]
     assert (answer.requests_left, taken) == (3, [taken_s])
 
 
 async def test_a_negative_drain_time_is_refused() -> None:
-    router: Any = SimpleNamespace(shutdown_timeout_s=45.0)
+    request = cluster_pb2.DrainRequest(timeout_s=-1)
     with pytest.raises(InvalidFieldError, match="timeout_s must be 0"):
-        await ClusterServicer(router).Drain(
-            cluster_pb2.DrainRequest(timeout_s=-1),
-            None,  # type: ignore[arg-type]
-        )
+        await servicer(SimpleNamespace(shutdown_timeout_s=45.0)).Drain(request, None)  # type: ignore[arg-type]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.config import load_config
 from cluster.members import ServiceView
-from cluster.router_process import RouterProcess
+from cluster.membership import Membership
 
 
 def view(version: int, *, is_settled: bool) -> ServiceView:
@@ -21,9 +20,10 @@ def view(version: int, *, is_settled: bool) -> ServiceView:
 
 
 def test_older_news_that_come_later_are_left_out() -> None:
-    router = RouterProcess("router-0", load_config({"model.checkpoint": "/c"}).config)
+    members = Membership("router-0")
     for version, is_settled in ((1, False), (3, True), (2, False)):
-        router.set_view(view(version, is_settled=is_settled))
-    assert router.router_addresses() == {"router-0": "10.0.0.1:3"}
-    assert router._service is not None
-    assert router._service.is_settled
+        members.learn(view(version, is_settled=is_settled))
+    assert members.routers == {"router-0": "10.0.0.1:3"}
+    scaling = members.scaling()
+    assert scaling is not None
+    assert scaling.is_settled
