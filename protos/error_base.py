@@ -1,6 +1,7 @@
 """What every error is: a class with a code, a retry rule, fields, and a form on the wire.
 
-The classes themselves are in `request_errors` and `cluster_errors`; `protos.errors` has them all.
+The classes themselves are in `request_errors`, `batch_errors` and `cluster_errors`;
+`protos.errors` has them all.
 """
 
 from __future__ import annotations

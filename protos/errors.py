@@ -21,6 +21,10 @@
     |  +- SessionBusyError            ABORTED               SESSION_BUSY              after delay
     |  +- SessionFencedError          ABORTED               SESSION_FENCED            never
     |  +- SessionQuotaError           RESOURCE_EXHAUSTED    SESSION_QUOTA             never
+    |  +- BatchNotFoundError          NOT_FOUND             BATCH_NOT_FOUND           never
+    |  +- BatchesOffError             FAILED_PRECONDITION   BATCHES_OFF               never
+    |  +- BatchFencedError            ABORTED               BATCH_FENCED              never
+    |  +- BatchFailuresError          FAILED_PRECONDITION   BATCH_FAILURES            never
     +- ServiceUnavailableError
     |  +- QueueFullError              RESOURCE_EXHAUSTED    QUEUE_FULL                after delay
     |  +- NotReadyError               UNAVAILABLE           NOT_READY                 after delay
@@ -49,7 +53,7 @@ On the wire an error is a `google.rpc.Status` in the trailer `grpc-status-detail
 for field errors, a `RetryInfo` where a retry helps. The receiving side builds the same class with
 the same arguments, so a constructor's annotations are its wire schema.
 
-The classes are in `request_errors` and `cluster_errors`; import them from here.
+The classes are in `request_errors`, `batch_errors` and `cluster_errors`; import them from here.
 """
 
 from __future__ import annotations
@@ -65,6 +69,12 @@ import grpc
 from google.protobuf import message as protobuf_message
 from google.rpc import error_details_pb2, status_pb2
 
+from protos.batch_errors import (
+    BatchesOffError,
+    BatchFailuresError,
+    BatchFencedError,
+    BatchNotFoundError,
+)
 from protos.cluster_errors import (
     BatchChangedError,
     CheckpointError,
@@ -133,6 +143,10 @@ __all__ = [
     "MAX_VALUE_BYTES",
     "MAX_VIOLATIONS",
     "BatchChangedError",
+    "BatchFailuresError",
+    "BatchFencedError",
+    "BatchNotFoundError",
+    "BatchesOffError",
     "CheckpointError",
     "ClientStalledError",
     "ColdKvError",

@@ -21,13 +21,17 @@ def generate(out: Path) -> None:
     """
     from importlib.resources import files
 
+    from google.rpc import status_pb2
     from grpc_tools import protoc
+
+    googleapis = Path(status_pb2.__file__).parents[2]
 
     sources = sorted(str(path.relative_to(ROOT)) for path in PACKAGE.glob("*.proto"))
     arguments = [
         "protoc",
         f"--proto_path={ROOT}",
         f"--proto_path={files('grpc_tools') / '_proto'}",
+        f"--proto_path={googleapis}",
         f"--python_out={out}",
         f"--pyi_out={out}",
         f"--grpc_python_out={out}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 import uuid
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from protos.errors import InvalidFieldError
 MAX_ID_CHARS = 128
 _ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}\Z")
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
+_BATCH_NAME = re.compile(r"batch-[0-9a-f]{12}-[0-9a-f]{8}\Z")
 _SESSION_ID_RULE = f"must be 1 to {MAX_ID_CHARS} characters of A-Z a-z 0-9 . _ : -"
 _ID_RULE = f"must be 1 to {MAX_ID_CHARS} characters of A-Z a-z 0-9 . _ : / -"
 
@@ -25,6 +27,16 @@ def new_request_id() -> str:
 def new_session_id() -> str:
     """Return an id for a session whose client chose none."""
     return f"session-{uuid.uuid4().hex}"
+
+
+def new_batch_name() -> str:
+    """Return a name for a batch; names sort by the time they were made, to the millisecond."""
+    return f"batch-{time.time_ns() // 1_000_000:012x}-{uuid.uuid4().hex[:8]}"
+
+
+def is_batch_name(text: str) -> bool:
+    """Return whether `text` looks like a name of `new_batch_name`."""
+    return _BATCH_NAME.match(text) is not None
 
 
 def is_valid_id(text: str) -> bool:
