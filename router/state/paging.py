@@ -28,7 +28,7 @@ async def page(
     """Return a page and the token of the next; see `SessionStore.list`."""
     if not 1 <= page_size <= MAX_PAGE_SIZE:
         raise InvalidFieldError("page_size", f"must be in [1, {MAX_PAGE_SIZE}]", page_size)
-    last = _from_token(page_token)
+    last = from_token(page_token)
     index = tenant_index(tenant)
     found: list[SessionRecord] = []
     while True:
@@ -37,7 +37,7 @@ async def page(
         ids = await client.command("ZRANGEBYLEX", index, start, b"+", "LIMIT", 0, wanted)
         for raw in ids:
             if len(found) == page_size:
-                return found, _to_token(last)
+                return found, to_token(last)
             record = await read(tenant, raw.decode())
             if record is None:
                 await _prune(client, tenant, raw.decode())
@@ -60,11 +60,17 @@ async def _prune(client: ControlClient, tenant: str, session_id: str) -> None:
     await client.script(scripts.PRUNE, session_keys(tenant, session_id), [session_id])
 
 
-def _to_token(last: bytes) -> str:
+def to_token(last: bytes) -> str:
+    """Return the token of the page behind this member of an index."""
     return base64.urlsafe_b64encode(last).decode()
 
 
-def _from_token(token: str) -> bytes:
+def from_token(token: str) -> bytes:
+    """Return the member that a token stands for; empty for the first page's.
+
+    Raises:
+        InvalidFieldError: No page gave it out.
+    """
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):

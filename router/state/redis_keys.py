@@ -13,6 +13,10 @@
     qs1:e                            ZSET    engine -> ms of its last heartbeat   1 h
     qs1:e:<engine>                   HASH    heartbeat: address, load, warm       10 s
     qs1:dead:<engine>#<boot>         STRING  this process is dead                 1 h
+    qs1:j:{<tenant>/<batch>}         HASH    the batch: state, counts, lease      batch's
+    qs1:ji:{<tenant>}                ZSET    the tenant's batches, score 0        the longest
+    qs1:jw:<model>                   ZSET    batches to run, by ms of creation    -
+    qs1:jk:{<tenant>/<key>}          STRING  idempotency key -> batch             1 day
 
     blob: servers without persistence, volatile-ttl; written by `router.state.tier`
     qs1:b:<namespace>:<hash>         STRING  one KV block, or its first part      priority
@@ -70,6 +74,43 @@ def session_keys(tenant: str, session_id: str) -> SessionKeys:
 def tenant_index(tenant: str) -> bytes:
     """Return the key of the set of a tenant's sessions."""
     return b"qs1:i:{%b}" % tenant.encode()
+
+
+class BatchKeys(NamedTuple):
+    """The keys of one batch, in the order in which every script takes them."""
+
+    record: bytes
+    of_tenant: bytes
+    """The index of the batch's tenant."""
+    waiting: bytes
+    """The batches of the model that have not ended, of all tenants."""
+    known: bytes
+    """Under its idempotency key."""
+
+
+def batch_keys(tenant: str, name: str, model: str = "", known: str = "") -> BatchKeys:
+    """Return the keys of a batch.
+
+    Args:
+        tenant: Whose it is.
+        name: Its name.
+        model: That it is for; where a script does not take it out of what waits, any.
+        known: The idempotency key that it is made under, if any.
+
+    Raises:
+        InvalidFieldError: A name that cannot be part of a key.
+    """
+    if tenant:
+        check_id(tenant, "tenant")
+    check_id(name, "name")
+    if known:
+        check_id(known, "idempotency_key")
+    return BatchKeys(
+        record=f"qs1:j:{{{tenant}/{name}}}".encode(),
+        of_tenant=b"qs1:ji:{%b}" % tenant.encode(),
+        waiting=b"qs1:jw:%b" % model.encode(),
+        known=f"qs1:jk:{{{tenant}/{known}}}".encode(),
+    )
 
 
 def engine_key(engine: str) -> bytes:
