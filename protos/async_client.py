@@ -11,6 +11,7 @@ from typing import Any, Unpack
 
 import grpc
 
+from protos.batch_calls import AsyncBatchCalls
 from protos.events import Completion, Event, events_of
 from protos.requests import (
     PAGE_SIZE,
@@ -37,7 +38,7 @@ from protos.tls import Access, ClientTls
 from protos.v1 import cluster_pb2, generation_pb2, session_pb2
 
 
-class AsyncClient:
+class AsyncClient(AsyncBatchCalls):
     """`Client` for an event loop; make and use it inside the loop."""
 
     def __init__(

@@ -25,6 +25,7 @@ from typing import Any, Unpack
 import grpc
 
 from protos.async_client import AsyncClient
+from protos.batch_calls import BatchCalls, BatchOptions
 from protos.events import Completion, Event, events_of
 from protos.requests import (
     PAGE_SIZE,
@@ -53,6 +54,7 @@ from protos.v1 import cluster_pb2, generation_pb2, session_pb2
 __all__ = [
     "DEFAULT_ADDRESS",
     "AsyncClient",
+    "BatchOptions",
     "ChatMessages",
     "Client",
     "ClientConfig",
@@ -63,7 +65,7 @@ __all__ = [
 ]
 
 
-class Client:
+class Client(BatchCalls):
     """A connection to the routers, for threads. Methods may be called from several at once.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 
 from protos.tls import Access
 from protos.v1 import (
+    batch_pb2_grpc,
     cluster_pb2,
     cluster_pb2_grpc,
     generation_pb2_grpc,
@@ -36,6 +37,7 @@ class Router:
         self.channel = channel
         self.generation = generation_pb2_grpc.GenerationServiceStub(channel)
         self.sessions = session_pb2_grpc.SessionServiceStub(channel)
+        self.batches = batch_pb2_grpc.BatchServiceStub(channel)
         self.cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
 
 

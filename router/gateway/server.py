@@ -25,6 +25,8 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 from protos.errors import ConfigurationError, NotReadyError
 from protos.tls import ServerTls
 from protos.v1 import (
+    batch_pb2,
+    batch_pb2_grpc,
     gating_pb2,
     gating_pb2_grpc,
     generation_pb2,
@@ -33,6 +35,7 @@ from protos.v1 import (
     session_pb2_grpc,
 )
 from router.gateway.authentication import ApiKey, ApiKeyInterceptor, Callers
+from router.gateway.batches import BatchServicer
 from router.gateway.delivery import LoopDelivery
 from router.gateway.gating import GatingServicer
 from router.gateway.generation import GenerationServicer
@@ -97,6 +100,12 @@ def session_service(servicer: SessionServicer) -> Service:
     """Return the registration of `SessionService`."""
     name = session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name
     return Service(name, servicer, session_pb2_grpc.add_SessionServiceServicer_to_server)
+
+
+def batch_service(servicer: BatchServicer) -> Service:
+    """Return the registration of `BatchService`."""
+    name = batch_pb2.DESCRIPTOR.services_by_name["BatchService"].full_name
+    return Service(name, servicer, batch_pb2_grpc.add_BatchServiceServicer_to_server)
 
 
 class Gateway:
