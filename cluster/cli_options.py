@@ -1,7 +1,8 @@
-"""Options that every command which calls a router has."""
+"""Options that several commands have."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +10,9 @@ import typer
 if TYPE_CHECKING:
     from protos.tls import Access
 
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML or JSON file with these settings.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Url = Annotated[
     str,
