@@ -1,6 +1,6 @@
 """One turn of a session as it runs: its request, its tokens, how far they are saved.
 
-Knows no store: `router.gateway.turn` decides when tokens are saved and when the turn is committed.
+Knows no store: `router.gateway.turn_writer` saves its tokens, and commits it.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def assert_nothing_is_left(service: GatewayService, server: StoreServer | None =
         return
     turns = servicer._turns
     assert turns is not None
-    eventually(lambda: not turns._closing)
+    eventually(lambda: turns.is_settled)
     eventually(lambda: turns._store.num_leases == 0)
     records, _ = ask(server, lambda store: store.list("", 1000))
     assert [record.session_id for record in records if record.holder] == []

@@ -116,7 +116,7 @@ def settling_router(pair: Pair, engine: str) -> Iterator[GatewayService]:
     """Run a router; at its end it has let go of all sessions before its store is closed."""
     with router(pair, engine, HashScript()) as service:  # type: ignore[arg-type]
         yield service
-        eventually(lambda: not service.servicer._turns._closing, 20)  # type: ignore[union-attr]
+        eventually(lambda: service.servicer._turns.is_settled, 20)  # type: ignore[union-attr]
 
 
 def lost_stream(
