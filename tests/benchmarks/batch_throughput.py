@@ -1,8 +1,9 @@
 """What the batch engine costs: tokens a second of a batch against bare streams.
 
 Regime: `expertmesh serve`, `--rows` greedy rows of `--prompt` token ids and `--new` tokens,
-    `--concurrency` at a time. `bare`: this process asks over one channel with plain gRPC stubs, a
-    new stream as soon as one ends. `batch`: `expertmesh batch run` with one client. Both in turn.
+    `--concurrency` at a time, at batch priority. `bare`: this process asks over one channel with
+    plain gRPC stubs, a new stream as soon as one ends. `batch`: `expertmesh batch run` with one
+    client. Both in turn.
 
 Meaning: generated tokens a second from the first row asked to the last one committed; of the batch
     without the start of its Ray and its client, which `start_s` tells. `ratio` is batch / bare.
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import grpc
 
-from protos.v1 import generation_pb2_grpc
+from protos.v1 import generation_pb2, generation_pb2_grpc
 from tests.benchmarks.harness import (
     OtherCores,
     Samples,
@@ -46,7 +47,9 @@ async def bare_rate(address: str, rows: list[list[int]], num_new: int, concurren
 
     async def one(stub: generation_pb2_grpc.GenerationServiceStub, prompt: list[int]) -> int:
         async with seats:
-            stream = stub.Generate(greedy_request(prompt, num_new), timeout=3600)
+            request = greedy_request(prompt, num_new)
+            request.priority = generation_pb2.PRIORITY_BATCH  # its messages are as large
+            stream = stub.Generate(request, timeout=3600)
             return sum([len(message.token_ids) async for message in stream])
 
     async with grpc.aio.insecure_channel(address) as channel:
