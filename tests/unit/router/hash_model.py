@@ -59,7 +59,7 @@ class HashCaches:
 
 
 class HashModel:
-    """Implements `router.engine.engine.Model`."""
+    """Implements `router.engine.model.Model`."""
 
     def __init__(self, vocab: int = 40, levels: int = 64) -> None:
         self.vocab = vocab
