@@ -33,12 +33,14 @@ Ask = Callable[[str], cluster_pb2.ClusterStatus]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Membership:
-    """How many members there are to be, and where to ask."""
+    """What `serve` knows without asking: members there are to be, addresses, work that waits."""
 
     groups: int
     num_routers: int
     routers: Mapping[str, str]
     """router_id -> gRPC address of those that have one."""
+    batch_tokens: float | None = None
+    """Of submitted batches, not done yet; None: there is no batch."""
 
 
 class AutoscaleLoop:
@@ -110,7 +112,7 @@ class AutoscaleLoop:
                 policy=policy,
                 routers=routers,
                 groups=groups,
-                load=self._window.load(now_s),
+                load=replace(self._window.load(now_s), batch_tokens=membership.batch_tokens),
                 memory=self._memory,
             )
         )

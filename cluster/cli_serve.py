@@ -118,6 +118,8 @@ CommitIntervalTokens = Annotated[
 CommitIntervalS = Annotated[
     float | None, _setting("state.commit_interval_s", "--commit-interval-s", panel="State")
 ]
+BatchRootUris = Annotated[list[str] | None, _setting("batch.roots", "--batch-root", panel="Batch")]
+MaxBatches = Annotated[int | None, _setting("batch.max_running", "--max-batches", panel="Batch")]
 ColdKvGib = Annotated[float | None, _setting("engine.cold_kv_gib", "--cold-kv-gib", panel="Engine")]
 RayAddress = Annotated[
     str | None, _setting("cluster.ray_address", "--ray-address", panel="Cluster")
@@ -216,6 +218,8 @@ def serve(
     wait_replicas: WaitReplicas = None,
     commit_interval_tokens: CommitIntervalTokens = None,
     commit_interval_s: CommitIntervalS = None,
+    batch_root: BatchRootUris = None,
+    max_batches: MaxBatches = None,
     ray_address: RayAddress = None,
     namespace: Namespace = None,
     group_resource: GroupResource = None,
@@ -283,6 +287,8 @@ def serve(
                 "state.wait_replicas": wait_replicas,
                 "state.commit_interval_tokens": commit_interval_tokens,
                 "state.commit_interval_s": commit_interval_s,
+                "batch.roots": batch_root or None,
+                "batch.max_running": max_batches,
                 "cluster.ray_address": ray_address,
                 "cluster.namespace": namespace,
                 "cluster.group_resource": group_resource,

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from cluster.config_fields import Field, coerce, fields_of, json_schema, number, secret
 from cluster.hf_overrides import parse_hf_overrides
 from protos.errors import ConfigurationError, Violation
+from router.gateway.batch_roots import BatchRoots
 
 ENV_PREFIX = "EXPERTMESH_"
 
@@ -153,6 +154,19 @@ class StateSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSection:
+    """Batches that clients submit and the service runs; see `expertmesh batch submit`."""
+
+    roots: tuple[str, ...] = ()
+    """Folder (absolute path or URI) that inputs and outputs of submitted batches lie under, those
+    of a named tenant under ROOT/TENANT; every node must reach it; none: batches are refused."""
+    max_running: int = number(1, minimum=1, maximum=64)
+    """Submitted batches that run at the same time; the others wait."""
+    ttl_s: float = number(2592000.0, minimum=60)
+    """Seconds that a batch is listed after its last change; its files stay."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSection:
     """The Ray cluster and the life of the service in it."""
 
@@ -235,6 +249,8 @@ class Config:
     """The Ray cluster and the life of the service in it."""
     autoscale: AutoscaleSection = field(default_factory=AutoscaleSection)
     """How many routers and expert groups there should be; see `expertmesh autoscale`."""
+    batch: BatchSection = field(default_factory=BatchSection)
+    """Batches that clients submit and the service runs; see `expertmesh batch submit`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +326,22 @@ def load_config(
             "must be 0 without state.redis_url: the embedded Valkey has no replicas",
             state.wait_replicas,
         )
+    _check_batch_roots(config)
     return Loaded(config, origins)
+
+
+def _check_batch_roots(config: Config) -> None:
+    """Refuse folders that are none, and batches without a place for their records."""
+    roots = config.batch.roots
+    if roots and not config.state.enabled:
+        raise ConfigurationError(
+            "batch.roots", "must be empty with --no-state: batches are kept there", list(roots)
+        )
+    for root in roots:
+        try:
+            BatchRoots([root])
+        except ValueError as error:
+            raise ConfigurationError("batch.roots", str(error), root) from None
 
 
 def parse_groups(spec: str | None) -> dict[str, float]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.autoscale_loop import Membership
 from cluster.autoscaler import Autoscaler, check_mode
@@ -32,8 +32,12 @@ from cluster.preflight_state import check_state_servers
 from cluster.processes import Processes
 from cluster.ray_api import Actor, Guard, PrivateRay, RayCluster
 from cluster.routers import Router
+from cluster.security import load_security
 from cluster.state_servers import ServiceState
 from protos.errors import ConfigurationError, DeadlineExceededError, RouterLostError
+
+if TYPE_CHECKING:
+    from cluster.batch.supervisor import BatchSupervisor
 
 STOP_TIMEOUT_S = 10.0
 """How long a drained process gets to close its port before it is killed."""
@@ -72,6 +76,8 @@ class Service:
     _facts: Facts | None = None
     _state: ServiceState | None = None
     _autoscaler: Autoscaler | None = None
+    _batches: BatchSupervisor | None = None
+    _ray_address: str = ""
     _service_id: str = field(default_factory=new_service_id)
     _private: PrivateRay | None = None
     _deadline: float = 0.0
@@ -103,13 +109,14 @@ class Service:
         self._facts = self._examination.finish()
         self._announce(self._facts)
         if self._private is not None:
-            address = self._private.address()
+            self._ray_address = self._private.address()
             with self.guard():
                 self._cluster = RayCluster.connect_private(
-                    address, namespace=cluster.namespace, verbose=cluster.verbose
+                    self._ray_address, namespace=cluster.namespace, verbose=cluster.verbose
                 )
         else:
             assert cluster.ray_address is not None
+            self._ray_address = cluster.ray_address
             self.progress(f"joining the Ray cluster {cluster.ray_address}")
             with self.guard():
                 self._cluster = RayCluster.join(
@@ -148,6 +155,7 @@ class Service:
         processes.routers.watch()
         view = processes.scaling.view()
         self._gather("join_group", processes.router_actors, "exchange addresses", view)
+        self._start_batches(processes)
         self._autoscaler = processes.autoscaler = Autoscaler.start(
             self.config, self._membership, facts, self.progress, self.scale
         )
@@ -198,6 +206,8 @@ class Service:
 
     def drain(self) -> int:
         """Take nothing new, finish what runs; return what is left after `shutdown_timeout_s`."""
+        if self._batches is not None:  # its rows would be asked again and again
+            self._batches.close()
         timeout_s = self.config.cluster.shutdown_timeout_s
         pending = {r.router_id: r.actor.call("drain", timeout_s) for r in self._made.routers.up}
         deadline = time.monotonic() + timeout_s + STOP_TIMEOUT_S
@@ -219,7 +229,27 @@ class Service:
             groups=groups,
             num_routers=made.scaling.target.routers,
             routers=made.routers.addresses(),
+            batch_tokens=self._batches.backlog_tokens if self._batches else None,
         )
+
+    def _start_batches(self, processes: Processes) -> None:
+        """Begin to run the batches that clients submit, where there may be any."""
+        if not self.config.batch.roots:
+            return
+        assert self._state is not None  # the configuration is refused otherwise
+        from cluster.batch.supervisor import BatchSite, BatchSupervisor
+
+        site = BatchSite(
+            model=self.model_name,
+            section=self.config.batch,
+            security=load_security(self.config),
+            meta=self._state.servers.meta,
+            ray_address=self._ray_address,
+            routers=processes.routers.addresses,
+            holder=f"serve.{self._service_id}",
+        )
+        self._batches = BatchSupervisor(site)
+        self._batches.start()
 
     def _open_state(self) -> None:
         """Find or start the servers of sessions and cached KV."""
@@ -233,6 +263,8 @@ class Service:
 
     def close(self) -> None:
         """End every process of the service. Never raises."""
+        if self._batches is not None:
+            self._batches.close()
         if self._autoscaler is not None:
             self._autoscaler.close()
         if self._examination is not None:

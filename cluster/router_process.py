@@ -169,6 +169,7 @@ class RouterProcess:
             experts=experts,
             shared=self._shared,
             session_ttl_s=self._config.state.session_ttl_s,
+            batch=self._config.batch,
         )
         self._gateway = GatewayThread(
             self._services.registered, _gateway_options(start, security), delivery

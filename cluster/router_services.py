@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cluster.config import BatchSection
 from cluster.router_experts import RouterExperts
 from cluster.router_model import RouterModel
 from cluster.router_state import RouterState
@@ -12,10 +13,18 @@ from cluster.service import ClusterServicer
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
 from router.engine.engine import Engine
 from router.gateway.authentication import ApiKey, Callers
+from router.gateway.batch_roots import BatchRoots
+from router.gateway.batches import BatchServicer, BatchTerms
 from router.gateway.gating import GatingServicer
 from router.gateway.generation import GenerationServicer
 from router.gateway.request_reader import ServedModel
-from router.gateway.server import Service, gating_service, generation_service, session_service
+from router.gateway.server import (
+    Service,
+    batch_service,
+    gating_service,
+    generation_service,
+    session_service,
+)
 from router.gateway.sessions import SessionServicer
 
 
@@ -41,6 +50,7 @@ def router_services(
     experts: RouterExperts,
     shared: RouterState | None,
     session_ttl_s: float,
+    batch: BatchSection,
 ) -> RouterServices:
     """Make the services of a router whose engine and connections are there.
 
@@ -54,6 +64,7 @@ def router_services(
         experts: Their second dispatcher serves `GatingService`.
         shared: Sessions and ways to other routers; None: neither.
         session_ttl_s: How long a session lives where its client does not say.
+        batch: Which submitted batches are taken.
     """
     callers = Callers(api_keys)
     generation = GenerationServicer(
@@ -86,7 +97,9 @@ def router_services(
         sessions = SessionServicer(
             shared.store, shared.namespace, callers, default_ttl_s=session_ttl_s
         )
-        services.append(session_service(sessions))
+        terms = BatchTerms(model=model_name, roots=BatchRoots(batch.roots), ttl_s=batch.ttl_s)
+        batches = BatchServicer(shared.batches, terms, callers)
+        services += [session_service(sessions), batch_service(batches)]
     gating = None
     if experts.gating is not None:
         gating = GatingServicer(model.gate, experts.gating, model_name)

@@ -22,6 +22,7 @@ from router.engine.chain import namespace_digest
 from router.gateway.forwarding import Forwarder
 from router.gateway.heartbeat import Heartbeat
 from router.gateway.routing import RouterView
+from router.state.batches import BatchStore
 from router.state.cold import BlobCold
 from router.state.control import ControlClient, ControlSettings
 from router.state.kv_store import KvStore
@@ -65,7 +66,7 @@ def cache_namespace(
 
 
 class RouterState:
-    """The session store of one router, its tier, its heartbeat, and the ways to other routers.
+    """The stores of one router, its tier, its heartbeat, and the ways to other routers.
 
     Args:
         servers: Where sessions and cached values are.
@@ -100,6 +101,7 @@ class RouterState:
             commit_interval_s=section.commit_interval_s,
         )
         self.store = SessionStore(self._meta, engine=engine, boot=boot, settings=settings)
+        self.batches = BatchStore(self._meta)
         self._blobs = KvStore(servers.blobs, namespace)
         writer = WriterSettings(max_queue_bytes=section.write_queue_mib << 20)
         self.tier = BlobTier(self._blobs, sizes, TierSettings(writer=writer))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cluster.config import Config, RouterSection, StateSection
 from protos.certificates import CertificateFiles, Identity, member_identity, port_identity
-from protos.errors import ConfigurationError
+from protos.errors import ConfigurationError, UnauthenticatedError
 from protos.ids import is_valid_session_id
 from protos.tls import Access, check_api_key
 from router.gateway.authentication import UNNAMED, ApiKey
@@ -40,6 +40,18 @@ class Security:
         return Access(
             tls=self.port.peer if self.port else None, api_key=keys[0].key if keys else None
         )
+
+    def as_tenant(self, tenant: str) -> Access:
+        """How to call a router on behalf of a tenant.
+
+        Raises:
+            UnauthenticatedError: The tenant has no key any more.
+        """
+        keys = [key.key for key in self.api_keys if key.tenant == tenant]
+        if self.api_keys and not keys:
+            raise UnauthenticatedError(f"the tenant {tenant!r} has no API key")
+        tls = self.port.peer if self.port else None
+        return Access(tls=tls, api_key=keys[0] if keys else None)
 
     @property
     def to_groups(self) -> Access:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -41,6 +41,8 @@ QUIET_CORE = ("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 
 State = Literal["completed", "stopped", "cancelled"]
+Report = Callable[[Meter, Client], AbstractContextManager[object]]
+"""Tells how far a batch is, from its first row until its last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,12 +191,20 @@ def prepare(options: BatchOptions, client: Client) -> Prepared:
     return Prepared(model, tuple(addresses), kind, plan, identity)
 
 
-def run_batch(options: BatchOptions, caught: Callable[[], None]) -> Result:
+def show_progress(meter: Meter, client: Client) -> ProgressReport:
+    """Tell the user on stderr."""
+    return ProgressReport(meter, err_console(), client)
+
+
+def run_batch(
+    options: BatchOptions, caught: Callable[[], None], report: Report = show_progress
+) -> Result:
     """Run or resume a batch.
 
     Args:
         options: What to do.
         caught: Called once Ray has installed its signal handlers, to install ours.
+        report: Tells how far it is.
 
     Raises:
         BatchChangedError: The output was begun with something else.
@@ -212,7 +222,7 @@ def run_batch(options: BatchOptions, caught: Callable[[], None]) -> Result:
         before = sum((part.counts for part in done.values()), Counts())
         meter = Meter(prepared.plan.num_rows, before)
         most_failed = options.max_failure_rate * prepared.plan.num_rows
-        with ProgressReport(meter, err_console(), client):
+        with report(meter, client):
             working = _work(missing, options, prepared, caught)
             with closing(working):
                 state = take_parts(working, done, meter, most_failed, lambda: ledger.is_cancelled)

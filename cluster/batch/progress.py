@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -47,6 +47,11 @@ class Meter:
         """Of all runs."""
         return self._before + self._run
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no row is left."""
+        return self.counts.rows >= self._total
+
     def document(self) -> dict[str, Any]:
         """Return the numbers: rates are of this run, None before its first part."""
         elapsed_s = self._clock() - self._begun
@@ -65,8 +70,16 @@ class Meter:
         }
 
 
+class Numbers(Protocol):
+    """What a report shows."""
+
+    def document(self) -> dict[str, Any]:
+        """Return the numbers; see `Meter.document`."""
+        ...
+
+
 class ProgressReport:
-    """Shows a meter until its `with` block ends.
+    """Shows a batch until its `with` block ends.
 
     Args:
         meter: What to show.
@@ -74,7 +87,7 @@ class ProgressReport:
         client: Tells how many expert groups serve.
     """
 
-    def __init__(self, meter: Meter, console: Console, client: Client) -> None:
+    def __init__(self, meter: Numbers, console: Console, client: Client) -> None:
         self._meter = meter
         self._console = console
         self._client = client

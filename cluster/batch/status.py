@@ -24,6 +24,13 @@ def open_folder(output_uri: str) -> tuple[Ledger, dict[str, Any]]:
     return ledger, job
 
 
+def mark_cancelled(output_uri: str) -> None:
+    """Let an output folder say that its batch was cancelled; of one without a batch nothing."""
+    ledger = Ledger(Place.of(output_uri, "output"), "jsonl")
+    if ledger.is_begun and ledger.manifest() is None:
+        ledger.cancel()
+
+
 def list_folders(uri: str) -> list[dict[str, Any]]:
     """Return the status of every batch whose output is a folder of this one, by name."""
     place = Place.of(uri, "folder")

@@ -80,6 +80,14 @@ def test_a_busy_group_gets_company_from_what_was_observed() -> None:
     assert wanted == [1, 1, 2]
 
 
+def test_what_waits_in_batches_counts_as_load() -> None:
+    service = Service()
+    loop = service.loop()
+    waiting = Membership(groups=1, num_routers=2, routers=ADDRESSES, batch_tokens=4e5)
+    loop._membership = lambda: waiting
+    assert loop.decide_once().load.batch_tokens == 4e5
+
+
 def test_questions_end_with_the_interval() -> None:
     service = Service()
 

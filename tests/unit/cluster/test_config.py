@@ -111,6 +111,18 @@ def test_a_missing_file_and_a_foreign_suffix_are_named(tmp_path: Path) -> None:
         load_config(file=tmp_path / "mesh.yaml")
 
 
+def test_batches_have_roots_that_are_folders_and_a_place_for_their_records() -> None:
+    roots = ["/data", "s3://bucket/x"]
+    assert load_config({"batch.roots": roots}).config.batch.roots == tuple(roots)
+    for root in ("data", "/data/../etc", "s3://bucket/x?endpoint_override=h"):
+        with pytest.raises(ConfigurationError) as caught:
+            load_config({"batch.roots": [root]})
+        [violation] = caught.value.violations
+        assert (violation.field, violation.value) == ("batch.roots", root)
+    with pytest.raises(ConfigurationError, match=r"batch\.roots must be empty with --no-state"):
+        load_config({"batch.roots": roots, "state.enabled": False})
+
+
 def test_replicas_need_a_server_that_may_have_some() -> None:
     given = {"state.wait_replicas": 1}
     assert load_config(given | {"state.redis_url": "redis://h"}).config.state.wait_replicas == 1

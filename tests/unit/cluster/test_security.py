@@ -12,7 +12,7 @@ import pytest
 from cluster.config import Config, load_config
 from cluster.preflight import quick_checks
 from cluster.security import Security, config_of_group, load_security
-from protos.errors import ConfigurationError
+from protos.errors import ConfigurationError, UnauthenticatedError
 from router.gateway.authentication import ApiKey
 from tests.certificates import SERVER_ONLY, Authority
 from tests.integration.served import run_cli
@@ -82,6 +82,10 @@ def test_a_key_may_name_its_tenant(tmp_path: Path) -> None:
         ApiKey("key-c", "team-b"),
     )
     assert found.to_routers.api_key == "plain:with:colons", "a tenant's may not change the service"
+    assert found.as_tenant("team-b").api_key == "key-b"
+    with pytest.raises(UnauthenticatedError, match="the tenant 'team-c' has no API key"):
+        found.as_tenant("team-c")
+    assert security().as_tenant("team-c").api_key is None, "nobody needs one"
     environment = load_config(env={"EXPERTMESH_ROUTER__API_KEYS": "a one,two"}).config
     assert load_security(environment).api_keys == (ApiKey("one", "a"), ApiKey("two"))
     assert "key-" not in repr(found)
