@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cluster.cli_options import DEFAULT_URL, ApiKey, AsJson, TlsCa, TlsCert, TlsKey, Url, access_of
+from cluster.cli_batch_submit import batch_submit, batch_watch
+from cluster.cli_options import (
+    DEFAULT_URL,
+    ApiKey,
+    AsJson,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    Url,
+    access_of,
+    clients_of,
+)
 from cluster.console import EXIT_PARTIAL, err_console, errors_exit
 
 if TYPE_CHECKING:
@@ -20,6 +31,12 @@ Output = Annotated[str, typer.Option("-o", "--output", help="Folder of the outpu
 
 
 Folder = Annotated[str, typer.Argument(help="Folder of a batch's output; path or URI.")]
+Target = Annotated[
+    str,
+    typer.Argument(help="Name of a submitted batch (at --url), or the output folder of any batch."),
+]
+batch_app.command("submit")(batch_submit)
+batch_app.command("watch")(batch_watch)
 
 
 @batch_app.command("run")
@@ -86,7 +103,7 @@ def batch_run(
     from cluster.ray_data import Pool
 
     with errors_exit():
-        fewest, most = _clients(clients)
+        fewest, most = clients_of(clients)
         options = BatchOptions(
             input_uri=input_uri,
             output_uri=output_uri,
@@ -133,39 +150,87 @@ def batch_resume(
 
 
 @batch_app.command("cancel")
-def batch_cancel(output_uri: Folder) -> None:
-    """Stop a running batch after its next part, wherever it runs; `resume` goes on."""
-    from cluster.batch.status import open_folder
+def batch_cancel(
+    target: Target,
+    url: Url = DEFAULT_URL,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a batch, wherever it runs; `resume FOLDER` goes on.
+
+    One that was submitted, by its name, at once; any other, by its folder, after its next part.
+    """
+    from protos.ids import is_batch_name
 
     with errors_exit():
-        ledger, _ = open_folder(output_uri)
+        if is_batch_name(target):
+            from cluster.batch.submitted import connect, print_batch
+
+            with connect(url, access_of(tls_ca, tls_cert, tls_key, api_key)) as client:
+                print_batch(client.cancel_batch(target), as_json=as_json)
+            return
+        from cluster.batch.status import open_folder
+
+        ledger, _ = open_folder(target)
         ledger.cancel()
 
 
 @batch_app.command("list")
 def batch_list(
-    uri: Annotated[str, typer.Argument(help="Folder with output folders; path or URI.")],
+    uri: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder with output folders; path or URI; unset: what was submitted at --url."
+        ),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the batches whose outputs are in a folder."""
-    from cluster.batch.console import print_folders
-    from cluster.batch.status import list_folders
-
+    """List the batches that were submitted, or those whose outputs are in a folder."""
     with errors_exit():
+        if uri is None:
+            from cluster.batch.submitted import connect, print_batches
+
+            with connect(url, access_of(tls_ca, tls_cert, tls_key, api_key)) as client:
+                print_batches(client.list_batches(), as_json=as_json)
+            return
+        from cluster.batch.console import print_folders
+        from cluster.batch.status import list_folders
+
         print_folders(list_folders(uri), as_json=as_json)
 
 
 @batch_app.command("status")
 def batch_status(
-    output_uri: Folder,
+    target: Target,
+    url: Url = DEFAULT_URL,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far a batch is, by its output folder."""
-    from cluster.batch.console import print_folder
-    from cluster.batch.status import folder_status
+    """Show how far a batch is, by its name or by its output folder."""
+    from protos.ids import is_batch_name
 
     with errors_exit():
-        print_folder(folder_status(output_uri), as_json=as_json)
+        if is_batch_name(target):
+            from cluster.batch.submitted import connect, print_batch
+
+            with connect(url, access_of(tls_ca, tls_cert, tls_key, api_key)) as client:
+                print_batch(client.get_batch(target), as_json=as_json)
+            return
+        from cluster.batch.console import print_folder
+        from cluster.batch.status import folder_status
+
+        print_folder(folder_status(target), as_json=as_json)
 
 
 def _run(options: BatchOptions, *, as_json: bool) -> None:
@@ -179,14 +244,3 @@ def _run(options: BatchOptions, *, as_json: bool) -> None:
         print_result(result, options, as_json=as_json)
     if result.has_failures:
         sys.exit(EXIT_PARTIAL)
-
-
-def _clients(text: str) -> tuple[int, int]:
-    """Return the fewest and the most clients of `MIN:MAX`, or of one number for both."""
-    from protos.errors import ConfigurationError
-
-    fewest, _, most = text.partition(":")
-    try:
-        return int(fewest), int(most or fewest)
-    except ValueError:
-        raise ConfigurationError("batch.clients", "must be MIN:MAX", text) from None

@@ -53,3 +53,14 @@ def access_of(
     is_tls = tls_ca is not None or tls_cert is not None or tls_key is not None
     tls = ClientTls.from_files(tls_ca, tls_cert, tls_key) if is_tls else None
     return Access(tls=tls, api_key=api_key or None)
+
+
+def clients_of(text: str) -> tuple[int, int]:
+    """Return the fewest and the most clients of `MIN:MAX`, or of one number for both."""
+    from protos.errors import ConfigurationError
+
+    fewest, _, most = text.partition(":")
+    try:
+        return int(fewest), int(most or fewest)
+    except ValueError:
+        raise ConfigurationError("batch.clients", "must be MIN:MAX", text) from None

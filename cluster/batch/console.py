@@ -38,7 +38,7 @@ def print_result(result: Result, options: BatchOptions, *, as_json: bool) -> Non
     if as_json:
         print_json(shown)
     else:
-        _print_pairs(shown)
+        print_pairs(shown)
     if result.state == "stopped":
         text = f"stopped: more than {options.max_failure_rate:.2%} of all rows failed"
         err_console().print(text, style="bold red", markup=False)
@@ -49,7 +49,7 @@ def print_folder(status: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(status)
     else:
-        _print_pairs(status)
+        print_pairs(status)
 
 
 def print_folders(found: list[dict[str, Any]], *, as_json: bool) -> None:
@@ -70,10 +70,11 @@ def print_estimate(estimate: Estimate, price_per_million: float | None, *, as_js
     if as_json:
         print_json(shown)
     else:
-        _print_pairs(shown)
+        print_pairs(shown)
 
 
-def _print_pairs(shown: dict[str, Any]) -> None:
+def print_pairs(shown: dict[str, Any]) -> None:
+    """Print names and values."""
     rows = table("", "", "")
     for name, value in shown.items():
         rows.add_row(name, "-" if value is None else str(value))

@@ -26,10 +26,17 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served(checkpoint: Path) -> Iterator[Served]:
+def batch_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the files of batches lie that are submitted to `served`."""
+    return tmp_path_factory.mktemp("batches")
+
+
+@pytest.fixture(scope="session")
+def served(checkpoint: Path, batch_root: Path) -> Iterator[Served]:
     """The checkpoint on two unequal groups and two routers."""
     flags = ("--expert-groups", "big:3,small:1", "--routers", "2", "--served-model-name", "tiny")
     flags += ("--autoscale", "advise", "--max-expert-groups", "4")
+    flags += ("--batch-root", str(batch_root))
     with Served(checkpoint, *flags) as service:
         yield service
 

@@ -102,6 +102,11 @@ class Served:
         return self.fields["grpc"]
 
     @property
+    def pid(self) -> int:
+        """Of `serve`."""
+        return self._process.pid
+
+    @property
     def fields(self) -> dict[str, str]:
         """The ready line's `key=value` pairs."""
         return dict(part.split("=", 1) for part in self.ready.split()[1:])
