@@ -101,8 +101,10 @@ class Service:
         if cluster.ray_address is None:
             self.progress("starting a private Ray cluster on this machine")
             groups = parse_groups(self.config.experts.groups)
+            batch = self.config.batch
+            num_batches = batch.max_running if batch.roots else 0  # a CPU holds four clients
             self._private = PrivateRay(
-                num_actors=len(groups) + self.config.router.count,
+                num_actors=len(groups) + self.config.router.count + num_batches,
                 namespace=cluster.namespace,
                 verbose=cluster.verbose,
             )
@@ -259,7 +261,8 @@ class Service:
         host = None if self._running.is_private else self._running.own_address()
         self._state = ServiceState.open(section, host)
         if self._state.is_embedded:
-            self.progress("sessions are kept in an embedded Valkey, as long as this service lives")
+            kept = "sessions and batches" if self.config.batch.roots else "sessions"
+            self.progress(f"{kept} are kept in an embedded Valkey, as long as this service lives")
 
     def close(self) -> None:
         """End every process of the service. Never raises."""
