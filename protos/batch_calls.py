@@ -92,9 +92,9 @@ class BatchCalls:
         Goes on at another router where one dies.
         """
         request = batch_pb2.WatchBatchRequest(name=name, interval_s=interval_s)
-        attempts = self._attempts(WATCH_TIMEOUT_S)
+        attempts, is_open = self._attempts(WATCH_TIMEOUT_S), False
         while True:
-            router, is_open = self._routers.current(), False
+            router = self._routers.current()
             call = router.batches.WatchBatch(request, timeout=WATCH_TIMEOUT_S)
             try:
                 for batch in call:
@@ -165,9 +165,9 @@ class AsyncBatchCalls:
     ) -> AsyncIterator[batch_pb2.Batch]:
         """Yield a batch now and whenever it has changed; see `Client.watch_batch`."""
         request = batch_pb2.WatchBatchRequest(name=name, interval_s=interval_s)
-        attempts = self._attempts(WATCH_TIMEOUT_S)
+        attempts, is_open = self._attempts(WATCH_TIMEOUT_S), False
         while True:
-            router, is_open = self._routers.current(), False
+            router = self._routers.current()
             call = router.batches.WatchBatch(request, timeout=WATCH_TIMEOUT_S)
             try:
                 async for batch in call:

@@ -110,6 +110,8 @@ class BatchSupervisor:
                     await self._look(store)
                 except StateUnavailableError as error:
                     log.warning("batches_not_seen why=%s", error.message)
+                except Exception:  # outermost loop: one bad record is no reason to stop
+                    log.exception("batches_look_failed")
                 stop = asyncio.create_task(self._stopped.wait())
                 await asyncio.wait(
                     [stop, *self._driven.values()],

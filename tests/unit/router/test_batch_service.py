@@ -172,6 +172,23 @@ def test_a_watcher_sees_every_state_until_the_end(served: Served) -> None:
         next(served.plain.watch_batch(name, 0.01))
 
 
+def test_a_watcher_goes_on_at_another_router(served: Served) -> None:
+    store = BatchStore.connect(served.server.endpoint)
+    options = GatewayOptions(api_keys=KEYS)
+    gateway = GatewayThread([batch_service(BatchServicer(store, TERMS, Callers(KEYS)))], options)
+    addresses = [gateway.start(), served.address]
+    name = served.plain.create_batch("/batches/in", "/batches/moved").name
+    patient = ClientConfig(short_timeout_s=10, max_attempts=2)
+    with Client(addresses, patient, api_key="key-plain") as client:
+        watch = client.watch_batch(name, 0.1)
+        assert next(watch).state == VALIDATING
+        gateway.call(gateway.gateway.stop(0))
+        gateway.call(store.close())
+        gateway.stop()
+        served.plain.cancel_batch(name)
+        assert list(watch)[-1].state == batch_pb2.BATCH_STATE_CANCELLED
+
+
 def test_cancelling_twice_is_cancelling_once(served: Served) -> None:
     name = served.plain.create_batch("/batches/in", "/batches/cancelled").name
     first = served.plain.cancel_batch(name)
