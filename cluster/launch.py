@@ -29,8 +29,9 @@ from cluster.kv_budget import format_bytes
 from cluster.members import ProcessFacts, new_service_id
 from cluster.preflight import Examination, Facts, quick_checks
 from cluster.preflight_state import check_state_servers
+from cluster.private_ray import PrivateRay
 from cluster.processes import Processes
-from cluster.ray_api import Actor, Guard, PrivateRay, RayCluster
+from cluster.ray_api import Actor, Guard, RayCluster
 from cluster.routers import Router
 from cluster.security import load_security
 from cluster.state_servers import ServiceState

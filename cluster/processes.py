@@ -15,7 +15,8 @@ from cluster.controller import Target
 from cluster.groups import Group, Groups
 from cluster.members import RouterStart, engine_id, threads_per_group
 from cluster.preflight import Facts, metrics_port, router_port
-from cluster.ray_api import GROUP_RESOURCE, MEMBER_RESOURCE, Actor, RayCluster
+from cluster.ray_api import Actor, RayCluster
+from cluster.resources import GROUP_RESOURCE, MEMBER_RESOURCE
 from cluster.routers import Router, Routers
 from cluster.scaling import Scaling
 from cluster.security import config_of_group

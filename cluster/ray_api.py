@@ -10,12 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
-import shutil
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from cluster.resources import MEMBER_RESOURCE, Node, lacking, total
 from protos.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -44,25 +40,7 @@ OBJECT_STORE_BYTES = 80 << 20
 Guard = Callable[[], contextlib.AbstractContextManager[None]]
 Lost = Callable[[str, str], ExpertMeshError]
 WAIT_S = 0.2
-MAX_TMP_CHARS = 24
-GROUP_RESOURCE = "expert_group"
-"""Custom resource that nodes of a shared cluster advertise, 1 per group they may hold."""
-MEMBER_RESOURCE = "expertmesh_member"
-"""Custom resource of a private cluster: a place for one of our processes, whatever its CPUs."""
 MAX_MEMBERS = 4096
-EXIT_TIMEOUT_S = 10.0
-"""How long the process that holds a private Ray gets to end it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A machine of the Ray cluster."""
-
-    node_id: str
-    address: str
-    cpus: float
-    memory_bytes: float
-    resources: Mapping[str, float]
 
 
 @dataclass(slots=True)
@@ -75,70 +53,6 @@ class Actor:
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Start a method; returns the reference that `RayCluster.gather` waits for."""
         return getattr(self.handle, method).remote(*args, **kwargs)
-
-
-class PrivateRay:
-    """A Ray cluster on this machine for this process alone; see `cluster.ray_host`.
-
-    Its ports take only callers that know the token drawn here. The constructor returns at once;
-    `address` waits until Ray runs.
-
-    Args:
-        num_actors: Actors to come; Ray counts one CPU each, whatever the machine has.
-        namespace: Ray namespace of the actors.
-        verbose: Show Ray's own log, too.
-    """
-
-    def __init__(self, *, num_actors: int, namespace: str, verbose: bool) -> None:
-        os.environ.pop("RAY_ADDRESS", None)
-        os.environ.update(
-            RAY_AUTH_MODE="token",
-            RAY_AUTH_TOKEN=secrets.token_hex(32),
-            RAY_USAGE_STATS_ENABLED="0",
-            RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-            RAY_SCHEDULER_EVENTS="0",
-            RAY_COLOR_PREFIX="1" if sys.stderr.isatty() else "0",
-        )
-        # Ray's socket paths add 62 characters, and the kernel takes 107.
-        parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= MAX_TMP_CHARS else "/tmp"
-        self._folder = tempfile.mkdtemp(prefix="expertmesh-", dir=parent)
-        level = _log_level(verbose)
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "cluster.ray_host", self._folder),
-                *(str(num_actors), namespace, str(level)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # Sockets of the lanes and the like go with the folder, even after a SIGKILL.
-            env={**os.environ, "TMPDIR": self._folder},
-        )
-
-    def address(self) -> str:
-        """Wait until Ray runs and return `host:port` of its head.
-
-        Raises:
-            InternalError: Ray did not start; its reason is on stderr.
-        """
-        assert self._process.stdout is not None
-        address = self._process.stdout.readline().strip()
-        if not address:
-            raise InternalError("Ray did not start on this machine, see the lines above")
-        return address
-
-    def close(self) -> None:
-        """End Ray and everything it started, and wait for it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(EXIT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            log.warning("ray_host_killed pid=%d", self._process.pid)
-            self._process.kill()
-            self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def start_local_ray(folder: str, num_cpus: int, namespace: str, log_level: int) -> str:
@@ -179,7 +93,7 @@ class RayCluster:
         ray.init(
             address=address,
             namespace=namespace,
-            logging_level=_log_level(verbose),
+            logging_level=ray_log_level(verbose),
             log_to_driver=True,
         )
         return cls(namespace=namespace, is_private=True)
@@ -204,7 +118,7 @@ class RayCluster:
             ray.init(
                 address=address,
                 namespace=namespace,
-                logging_level=_log_level(verbose),
+                logging_level=ray_log_level(verbose),
                 log_to_driver=True,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -241,14 +155,7 @@ class RayCluster:
 
     def missing(self, bundles: Sequence[Mapping[str, float]]) -> str:
         """Return what the cluster's nodes lack for these bundles, in words; empty: nothing."""
-        lacking = []
-        nodes = self.nodes()
-        for name in sorted({name for bundle in bundles for name in bundle}):
-            need = sum(bundle.get(name, 0.0) for bundle in bundles)
-            have = sum(node.resources.get(name, 0.0) for node in nodes)
-            if need > have:
-                lacking.append(f"{need - have:g} {name} (need {need:g}, have {have:g})")
-        return ", ".join(lacking)
+        return lacking(bundles, self.nodes())
 
     def ask_for(self, bundle: Mapping[str, float]) -> PlacementGroup:
         """Ask for a place for one actor; returns at once, and Ray may start a node for it."""
@@ -289,8 +196,8 @@ class RayCluster:
                 continue
             raise ResourceError(
                 what="nodes in the Ray cluster",
-                need=_sum_resources(bundles),
-                have=_sum_resources([node.resources for node in self.nodes()], only=bundles)
+                need=total(bundles),
+                have=total([node.resources for node in self.nodes()], only=bundles)
                 + f" in all on {len(self.nodes())} nodes, part of it in use",
                 hint="add nodes, or lower --expert-groups or --routers",
             )
@@ -465,7 +372,8 @@ class RayCluster:
         ray.shutdown()
 
 
-def _log_level(verbose: bool) -> int:
+def ray_log_level(verbose: bool) -> int:
+    """Return the level of Ray's own log."""
     return logging.INFO if verbose else logging.ERROR
 
 
@@ -491,13 +399,6 @@ def _check_reachable(address: str) -> None:
 
 def _all_processes() -> list[psutil.Process]:
     return list(psutil.process_iter(["name"]))
-
-
-def _sum_resources(
-    bundles: Sequence[Mapping[str, float]], only: Sequence[Mapping[str, float]] | None = None
-) -> str:
-    names = sorted({name for bundle in (only if only is not None else bundles) for name in bundle})
-    return ", ".join(f"{sum(b.get(name, 0.0) for b in bundles):g} {name}" for name in names)
 
 
 def _first_line(text: str) -> str:

@@ -28,7 +28,8 @@ from cluster.batch.source import Format, scan
 from cluster.batch.storage import Place
 from cluster.batch.worker import WorkerSettings
 from cluster.console import err_console
-from cluster.ray_api import PrivateRay, RayCluster
+from cluster.private_ray import PrivateRay
+from cluster.ray_api import RayCluster
 from cluster.ray_data import Pool, run_parts
 from protos.client import Client, ClientConfig
 from protos.errors import ConfigurationError
