@@ -35,6 +35,9 @@ class Traffic:
 
     addresses: list[str]
     expected: list[list[int]] = field(default_factory=list)
+    """The answers; asked for at the start where they are not given."""
+    period_s: float = 0.0
+    """A client begins a generation every so many seconds at most."""
     num_done: int = 0
     unequal: int = 0
     failures: list[ExpertMeshError] = field(default_factory=list)
@@ -44,8 +47,9 @@ class Traffic:
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def __enter__(self) -> Traffic:
-        with Client(self.addresses, CONFIG) as client:
-            self.expected = [generate(client, prompt) for prompt in PROMPTS]
+        if not self.expected:
+            with Client(self.addresses, CONFIG) as client:
+                self.expected = [generate(client, prompt) for prompt in PROMPTS]
         assert all(len(tokens) == NUM_TOKENS for tokens in self.expected)
         for index in range(len(PROMPTS)):
             thread = threading.Thread(target=self._run, args=(index,))
@@ -64,7 +68,9 @@ class Traffic:
         shift = index % len(self.addresses)
         addresses = self.addresses[shift:] + self.addresses[:shift]
         with Client(addresses, CONFIG) as client:
-            while not self._ended.is_set():
+            due = time.monotonic()
+            while not self._ended.wait(max(0.0, due - time.monotonic())):
+                due = time.monotonic() + self.period_s
                 try:
                     tokens = generate(client, PROMPTS[index], self.pauses)
                 except ExpertMeshError as error:

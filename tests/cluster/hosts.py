@@ -62,7 +62,7 @@ class Host:
     name: str
     address: str
     process: subprocess.Popen[bytes]
-    programs: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    programs: list[subprocess.Popen[str]] = field(default_factory=list)
     """Started by `start`."""
 
     def run(self, command: str, timeout_s: float = 60.0) -> str:
@@ -75,13 +75,22 @@ class Host:
             check=True,
         ).stdout
 
-    def start(self, *command: str) -> None:
-        """Start a program on the host; it ends with the host."""
-        self.programs.append(
-            subprocess.Popen(
-                [*self._enter(), *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-            )
+    def start(self, *command: str, is_read: bool = False) -> subprocess.Popen[str]:
+        """Start a program on the host; it ends with the host.
+
+        Args:
+            command: Of the program.
+            is_read: Its `stdout` is a pipe of what it prints, errors too; the caller reads it.
+        """
+        program = subprocess.Popen(
+            [*self._enter(), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if is_read else subprocess.DEVNULL,
+            stderr=subprocess.STDOUT if is_read else None,
+            text=True,
         )
+        self.programs.append(program)
+        return program
 
     def processes(self) -> dict[int, str]:
         """Return pid -> command line of everything that runs here, but for sshd."""
