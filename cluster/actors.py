@@ -117,6 +117,14 @@ class RouterActor:
         """Follow that placement from the next call on; return "switch" and the epoch."""
         return self._running.switch(epoch)
 
+    def sleep(self) -> tuple[str, bool]:
+        """Let requests wait from now on; return "sleep" and False where there are any."""
+        return self._running.sleep()
+
+    def wake(self) -> tuple[str, bool]:
+        """Answer requests again; return "wake" and True."""
+        return self._running.wake()
+
     def next_wish(self) -> Wish | None:
         """Wait until someone asks this router for a change of the service, and return it."""
         return self._running.next_wish()

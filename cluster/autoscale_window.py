@@ -49,6 +49,8 @@ class StatusWindow:
     stale_s: float
     _routers: dict[str, deque[_Seen[cluster_pb2.RouterStatus]]] = field(default_factory=dict)
     _groups: dict[str, deque[_Seen[cluster_pb2.GroupStatus]]] = field(default_factory=dict)
+    _enough: int = 1
+    """Groups that held all experts when there were groups last."""
 
     def add(self, now_s: float, status: cluster_pb2.ClusterStatus) -> None:
         """Take a status."""
@@ -87,7 +89,7 @@ class StatusWindow:
             waiting_tokens=whole * sum(router.waiting_tokens for router in last),
             prefill_tokens_per_s=statistics.fmean(prefill) if prefill else None,
             num_requests=whole
-            * sum(router.requests_running + router.requests_waiting for router in last),
+            * sum(r.requests_running + r.requests_waiting + r.route_streams for r in last),
             kv_usage=_mean([(r.kv_blocks_used, r.kv_blocks_total) for r in last]),
             state_slot_usage=_mean([(r.state_slots_used, r.state_slots_total) for r in last]),
             dispatch_share=statistics.fmean(rate.dispatch_share for rate in rates)
@@ -102,8 +104,14 @@ class StatusWindow:
         """Return how many groups hold one copy of all experts, whichever of them they are.
 
         The smallest are counted first. Where a group has not said what it can hold, or all
-        together cannot, that is every group.
+        together cannot, that is every group. Of a service that sleeps, as many as before.
         """
+        if not self._groups:
+            return self._enough
+        self._enough = self._count_to_hold(expert_bytes)
+        return self._enough
+
+    def _count_to_hold(self, expert_bytes: int) -> int:
         last = [seen[-1].status.capacity_bytes for seen in self._groups.values() if seen]
         if len(last) < len(self._groups) or not all(last):
             return max(1, len(self._groups))

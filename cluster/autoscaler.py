@@ -37,20 +37,6 @@ class Listener(Protocol):
         ...
 
 
-def check_mode(config: Config) -> None:
-    """Refuse what cannot be done yet.
-
-    Raises:
-        ConfigurationError: `autoscale.mode` is `apply`, and `autoscale.min_groups` 0.
-    """
-    if config.autoscale.mode == "apply" and config.autoscale.min_groups == 0:
-        raise ConfigurationError(
-            "autoscale.min_groups",
-            "must be 1 or more with autoscale.mode apply: a running service keeps a group",
-            0,
-        )
-
-
 @dataclass(slots=True)
 class Autoscaler:
     """Decides while the service runs, and passes the decisions on.
@@ -58,12 +44,15 @@ class Autoscaler:
     Args:
         mode: As configured; never `off`.
         loop: Decides.
+        membership: How many members there are to be.
         progress: Takes a sentence for the user.
         clock: Unix seconds.
     """
 
     mode: str
     loop: AutoscaleLoop
+    membership: Callable[[], Membership]
+    """How many members there are to be: a decision on other numbers is out of date."""
     progress: Callable[[str], None]
     scale: Scale | None = None
     """Makes it so; None: nobody does."""
@@ -109,7 +98,11 @@ class Autoscaler:
         loop.start()
         mode = config.autoscale.mode
         return cls(
-            mode=mode, loop=loop, progress=progress, scale=scale if mode == "apply" else None
+            mode=mode,
+            loop=loop,
+            progress=progress,
+            scale=scale if mode == "apply" else None,
+            membership=membership,
         )
 
     def tick(self, routers: Iterable[Listener]) -> None:
@@ -123,7 +116,7 @@ class Autoscaler:
         for decision in decisions:
             self._say(decision)
         if self.scale is not None:
-            self._apply(decisions[-1])
+            self._apply(self.scale, decisions[-1])
         parts = [message.SerializeToString() for message in messages]
         for router in routers:
             router.call("note_decisions", self.mode, parts)
@@ -137,14 +130,18 @@ class Autoscaler:
         """End the loop."""
         self.loop.close()
 
-    def _apply(self, decision: Decision) -> None:
-        """Have the numbers changed that are to change."""
-        groups, routers = decision.groups, decision.routers
-        if self.scale is not None and not decision.is_hold:
-            self.scale(
-                groups.wanted if groups.direction != "hold" else None,
-                routers.wanted if routers.direction != "hold" else None,
+    def _apply(self, scale: Scale, decision: Decision) -> None:
+        """Have the numbers changed that are to change, and that nobody has changed meanwhile."""
+        now = self.membership()
+        groups, routers = (
+            pool.wanted if pool.direction != "hold" and pool.count == count else None
+            for pool, count in (
+                (decision.groups, now.groups),
+                (decision.routers, now.num_routers),
             )
+        )
+        if groups is not None or routers is not None:
+            scale(groups, routers)
 
     def _say(self, decision: Decision) -> None:
         """Tell the user of a change once, not every few seconds until somebody makes it."""

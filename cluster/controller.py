@@ -7,7 +7,8 @@ Ray nor clocks nor sockets: `cluster.scaling` observes and acts.
 How the groups change, one change at a time:
 
     start   new groups begin: a node, a process, imports
-    plan    all that are to hold experts run: a placement of the next epoch, with the fewest moves
+    plan    a placement of the next epoch for those that run, with the fewest moves; what starts
+            late, or never, holds up nobody and gets a plan of its own
     load    every group loads what the plan gives it, beside what it holds
     connect every router connects to the groups of the plan, beside those it uses
     switch  every router follows the plan from its next call on; no router is asked before all have
@@ -18,6 +19,11 @@ How the groups change, one change at a time:
 An expert is dropped, and a group ended, only when every router follows a placement in force that
 has the expert elsewhere. So the only copy is never removed, and a call that is sent by the old
 placement meets the expert where it was.
+
+Without a request for long, all groups may be wanted to go (`Target.groups` 0): the service sleeps.
+First every router is asked to let requests wait; only when all do, and none had any, do the groups
+end. They come back as after a death, with a placement of the next epoch, and the routers answer
+again when it is in force. A router that refuses to sleep ends the attempt (`cluster.scaling`).
 
 A group that dies has lost its experts: a plan is due at once, for the groups that are left, and
 again when its process is back. Calls for its experts wait in the routers meanwhile.
@@ -35,6 +41,9 @@ from enum import Enum
 from experts.moves import replan
 from experts.placement import Placement
 from experts.planner import Load, num_moves
+
+GATHER_S = 3.0
+"""How long a new group waits for others that start beside it, so that one plan is for all."""
 
 
 class GroupPhase(Enum):
@@ -55,15 +64,24 @@ class GroupView:
     phase: GroupPhase
     holds: int = 0
     """Epoch of the newest placement that it holds; 0: its process has no experts."""
+    joined: int = 0
+    """Epoch of the first placement that its process has held. Routers whose calls follow an older
+    one know the process before it, which had the same name."""
     trimmed: int = 0
     """Epoch of the newest placement beyond which it holds nothing."""
     busy: bool = False
     """Loads or forgets."""
+    since: float = 0.0
+    """When its process began to run, on the clock of `Observed.retry_at`."""
 
     @property
     def is_running(self) -> bool:
         """Whether its process answers."""
         return self.phase is GroupPhase.RUNNING
+
+    def has_experts_of(self, placement: Placement) -> bool:
+        """Return whether its process is the one that this placement in force speaks of."""
+        return self.holds > 0 and self.joined <= placement.epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +98,8 @@ class RouterView:
     """Connects or switches."""
     is_leaving: bool = False
     """It serves what it has, takes nothing new, and does not count."""
+    is_asleep: bool = False
+    """It lets requests wait, and nothing of it is with the groups."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +129,7 @@ class Target:
     """The service as it should be."""
 
     groups: int
+    """0: sleep until somebody wants them again; ignored in a dense model."""
     routers: int
     capacities: Mapping[str, float] = field(default_factory=dict)
     """Relative share of the experts by group id; 1 where none is given."""
@@ -189,6 +210,20 @@ class DrainRouter:
     router_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Ask a router to let requests wait; it refuses where it has any."""
+
+    router_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Let a router answer requests again."""
+
+    router_id: str
+
+
 Action = (
     StartGroup
     | StopGroup
@@ -201,6 +236,8 @@ Action = (
     | Abandon
     | AddRouter
     | DrainRouter
+    | Sleep
+    | Wake
 )
 
 
@@ -209,11 +246,15 @@ def step(observed: Observed, target: Target, now: float) -> list[Action]:
 
     Args:
         observed: The service.
-        target: What is wanted of it; at least one group and one router.
+        target: What is wanted of it; at least one router.
         now: Seconds, on the clock of `Observed.retry_at`.
     """
     if observed.placement is None:
         return _number_of_routers(observed, target)
+    if target.groups == 0 and observed.plan is None:
+        return _fall_asleep(observed) + _number_of_routers(observed, target)
+    if target.groups and (wakes := _wake(observed, observed.placement)):
+        return wakes
     actions = _number_of_groups(observed, target, now)
     if observed.plan is None:
         actions += _plan_or_clean(observed, observed.placement, target, now)
@@ -242,15 +283,47 @@ def members(observed: Observed, target: Target) -> list[str]:
 
 def is_settled(observed: Observed, target: Target) -> bool:
     """Return whether the service is as wanted: nothing to do and nothing under way."""
+    is_asleep = observed.placement is not None and target.groups == 0
+    placed = observed.placement.groups if observed.placement and not is_asleep else ()
     return (
         observed.plan is None
         and len(observed.groups) == (target.groups if observed.placement else 0)
         and all(g.is_running and g.holds and not g.busy for g in observed.groups.values())
-        and set(observed.placement.groups if observed.placement else ()) == set(observed.groups)
+        and set(placed) == set(observed.groups)
         and len(observed.routers) == target.routers
         and all(r.is_up and not (r.busy or r.is_leaving) for r in observed.routers.values())
+        and all(r.is_asleep == is_asleep for r in observed.routers.values())
         and observed.order == target.order
     )
+
+
+def serves(observed: Observed) -> bool:
+    """Return whether every group of the placement in force holds its experts and answers."""
+    groups, placement = observed.groups, observed.placement
+    return placement is not None and all(
+        g in groups and groups[g].is_running and groups[g].has_experts_of(placement)
+        for g in placement.groups
+    )
+
+
+def _fall_asleep(observed: Observed) -> list[Action]:
+    """Let all routers' requests wait, then end the groups."""
+    up = {name: r for name, r in observed.routers.items() if r.is_up}
+    if any(r.busy or not r.is_asleep for r in up.values()):
+        return [Sleep(name) for name, r in up.items() if not (r.busy or r.is_asleep)]
+    groups = observed.groups.items()
+    return [StopGroup(g) for g, v in groups if not v.busy and v.phase is not GroupPhase.LEAVING]
+
+
+def _wake(observed: Observed, placement: Placement) -> list[Action]:
+    """Let routers answer again whose groups are there."""
+    if not serves(observed):
+        return []
+    return [
+        Wake(name)
+        for name, r in observed.routers.items()
+        if r.is_up and r.is_asleep and not r.busy and r.follows >= placement.epoch
+    ]
 
 
 def _number_of_groups(observed: Observed, target: Target, now: float) -> list[Action]:
@@ -277,16 +350,18 @@ def _plan_or_clean(
     """Begin a change that is due, or remove what the last one left."""
     groups, routers = observed.groups, observed.routers
     chosen = members(observed, target)
-    lost = [g for g in placement.groups if g not in groups or not groups[g].holds]
+    lost = [
+        g for g in placement.groups if g not in groups or not groups[g].has_experts_of(placement)
+    ]
     is_behind = any(r.is_up and r.follows < placement.epoch for r in routers.values())
     is_ordered = observed.order < target.order
     if not chosen:
         return []
     may_try = now >= observed.retry_at or observed.failed != frozenset(chosen)
     if lost or is_behind or is_ordered or set(chosen) != set(placement.groups):
-        others = [g for g in groups.values() if g.phase is GroupPhase.STARTING]
-        waits = len(chosen) < target.groups and bool(others) and not (lost or is_behind)
-        if waits or not may_try or any(groups[g].busy for g in chosen):
+        if _gathers(observed, placement, chosen, now) and not (lost or is_behind):
+            return []
+        if not may_try or any(groups[g].busy for g in chosen):
             return []
         capacities = {g: target.capacities.get(g, 1.0) for g in _in_order(placement, chosen)}
         plan = replan(placement, capacities, observed.load, lost, even=is_ordered)
@@ -306,6 +381,13 @@ def _plan_or_clean(
         elif view.holds:
             actions.append(StopGroup(group_id))
     return actions
+
+
+def _gathers(observed: Observed, placement: Placement, chosen: list[str], now: float) -> bool:
+    """Return whether new groups wait for others that start: a moment, but not for a slow node."""
+    is_starting = any(g.phase is GroupPhase.STARTING for g in observed.groups.values())
+    came = [observed.groups[g].since for g in chosen if g not in placement.groups]
+    return is_starting and bool(came) and now - max(came) < GATHER_S
 
 
 def _in_order(placement: Placement, chosen: list[str]) -> list[str]:

@@ -43,5 +43,7 @@ class Figures:
     forwards: ForwardStats | None = None
     turns: TurnStats | None = None
     sessions_held: int = 0
+    route_streams: int = 0
+    """Of `GatingService`, open."""
     prefill_tokens_per_s: float = 0.0
     """As the tier has measured it; 0: not yet, or no tier."""

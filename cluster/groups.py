@@ -75,6 +75,8 @@ class Group:
     """How it computes, or did last: native, deepspeed or torch."""
     holds: int = 0
     """See `GroupView`."""
+    joined: int = 0
+    """See `GroupView`."""
     trimmed: int = 0
     """See `GroupView`."""
     work: Any = None
@@ -96,7 +98,12 @@ class Group:
         else:
             phase = GroupPhase.LEAVING if self.phase is Phase.STOP else GroupPhase.STARTING
         return GroupView(
-            phase=phase, holds=self.holds, trimmed=self.trimmed, busy=self.work is not None
+            phase=phase,
+            holds=self.holds,
+            joined=self.joined,
+            trimmed=self.trimmed,
+            busy=self.work is not None,
+            since=self.up_since,
         )
 
     def member(self) -> GroupMember:
@@ -237,7 +244,7 @@ class Groups:
 
     def _end_process(self, group: Group) -> None:
         group.pending = group.work = None
-        group.holds = group.trimmed = 0
+        group.holds = group.joined = group.trimmed = 0
         group.address, group.deadline = "", float("inf")
         if group.actor is not None:
             self.calls.kill(group.actor)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.autoscale_loop import Membership
-from cluster.autoscaler import Autoscaler, check_mode
+from cluster.autoscaler import Autoscaler
 from cluster.config import Config, parse_groups
 from cluster.groups import Group
 from cluster.kv_budget import format_bytes
@@ -91,7 +91,6 @@ class Service:
             ExpertMeshError: What stands in the way.
         """
         self._deadline = time.monotonic() + self.config.cluster.start_timeout_s
-        check_mode(self.config)
         for warning in quick_checks(self.config):
             self.progress(f"warning: {warning}")
         if self.config.state.enabled:
@@ -358,7 +357,7 @@ class Service:
         )
         for group_id, group in groups.items():
             group.address, group.holds, group.compute = results[group_id]
-            group.trimmed = group.holds
+            group.joined = group.trimmed = group.holds
         kinds = {group.compute for group in groups.values()}
         if len(kinds) > 1:
             self.progress(

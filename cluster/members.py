@@ -55,6 +55,8 @@ class ServiceView:
     """Why the last change was not possible, in words."""
     is_settled: bool
     """The service is as wanted."""
+    is_asleep: bool = False
+    """There are no groups until the first request, which waits for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,12 @@ class PlaceWish:
     """`[num_layers, num_experts]` pairs, as the router that was asked has counted them."""
 
 
-Wish = ScaleWish | LeaveWish | PlaceWish
+@dataclass(frozen=True, slots=True)
+class WakeWish:
+    """A request waits for expert groups, and there are none."""
+
+
+Wish = ScaleWish | LeaveWish | PlaceWish | WakeWish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ def metrics_text(figures: Figures) -> str:
     values: dict[str, float] = {
         "requests_running": stats.num_running,
         "requests_waiting": stats.num_waiting,
+        "router_asleep": stats.is_asleep,
         "requests_waiting_uncached_tokens": stats.num_queued_tokens,
         "kv_usage_ratio": stats.num_blocks_used / stats.num_blocks,
         "linear_state_usage_ratio": stats.num_state_slots_used / stats.num_state_slots,

@@ -181,6 +181,10 @@ class Processes:
         threads = self._config.router.threads or router.facts.cores
         return router.actor.call("load", self._facts.dtype, self._facts.max_model_len, threads)
 
+    def can_start(self) -> bool:
+        """Return whether a router finds the groups of the placement in force, or needs none."""
+        return self.scaling.placement is None or self.scaling.serves
+
     def call_start(self, router: Router) -> Any:
         """Start opening a router's port: the one it had, or the configured one."""
         assert router.facts is not None

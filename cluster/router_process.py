@@ -37,6 +37,7 @@ from cluster.probe import check_answers
 from cluster.router_experts import RouterExperts
 from cluster.router_model import RouterModel, load_router_model
 from cluster.router_services import RouterServices, router_services
+from cluster.router_sleep import RouterSleep
 from cluster.router_state import RouterState, cache_namespace
 from cluster.router_status import router_status
 from cluster.security import Security, load_security
@@ -86,6 +87,7 @@ class RouterProcess:
         self._shared: RouterState | None = None
         self._metrics: MetricsServer | None = None
         self._engine: Engine | None = None
+        self._sleep: RouterSleep | None = None
 
     def facts(self, node_id: str, address: str) -> ProcessFacts:
         """Return where this process runs."""
@@ -174,6 +176,10 @@ class RouterProcess:
         self._gateway = GatewayThread(
             self._services.registered, _gateway_options(start, security), delivery
         )
+        if self._services.gating is not None:
+            self._sleep = RouterSleep(
+                engine, self._services.gating, self._gateway, self._members.wish
+            )
         warm_up(decoder, min(WARM_UP_TOKENS, engine.config.max_num_batched_tokens))
         engine.start()
         port = self._gateway.start().rpartition(":")[2]
@@ -225,6 +231,17 @@ class RouterProcess:
         assert self._experts is not None  # the caller's order: start comes first
         self._experts.switch(epoch)
         return "switch", epoch
+
+    def sleep(self) -> tuple[str, bool]:
+        """Let requests wait; False where there are any. See `RouterSleep`."""
+        assert self._sleep is not None  # only a router that serves, and has groups, is asked
+        return "sleep", self._sleep.sleep()
+
+    def wake(self) -> tuple[str, bool]:
+        """Answer requests again."""
+        assert self._sleep is not None  # as above
+        self._sleep.wake()
+        return "wake", True
 
     def next_wish(self) -> Wish | None:
         """Wait until someone asks for a change of the service, and return it; None at the end."""
@@ -348,11 +365,13 @@ class RouterProcess:
 
     def _figures(self) -> Figures:
         assert self._engine is not None  # the ports open after the engine exists
+        gating = self._services.gating if self._services is not None else None
         figures = Figures(
             router_id=self.router_id,
             model=self._model_name,
             stats=self._engine.stats(),
             turns=self._services.generation.turn_stats() if self._services else None,
+            route_streams=gating.num_streams if gating is not None else 0,
         )
         if (shared := self._shared) is not None:
             figures = replace(

@@ -55,6 +55,7 @@ def router_status(
         trunk_ops=trunk_ops,
         waiting_tokens=stats.num_queued_tokens,
         latency=latency_status(stats.latency),
+        route_streams=figures.route_streams,
         cold=cold_status(stats, figures.cold),
         prefill_tokens_per_s=figures.prefill_tokens_per_s,
         sessions_held=figures.sessions_held,
@@ -157,4 +158,5 @@ def scaling_status(view: ServiceView) -> cluster_pb2.ScalingStatus:
         change=view.change,
         trouble=view.trouble,
         is_settled=view.is_settled,
+        is_asleep=view.is_asleep,
     )

@@ -40,6 +40,7 @@ class Phase(Enum):
 
     PREPARE = "prepare"
     LOAD = "load"
+    LOADED = "waits for the experts"
     START = "start"
     CHECK = "check"
     UP = "wait"
@@ -71,6 +72,10 @@ class Recipe(Protocol):
 
     def call_load(self, router: Router) -> Any:
         """Start loading the trunk; returns the reference."""
+        ...
+
+    def can_start(self) -> bool:
+        """Return whether there are expert groups to connect to."""
         ...
 
     def call_start(self, router: Router) -> Any:
@@ -111,8 +116,10 @@ class Router:
     """Epoch of the placement that its process follows; 0: none yet, or a dense model."""
     connected: int = 0
     """Epoch of the newest placement whose groups its process is connected to."""
+    is_asleep: bool = False
+    """Its process lets requests wait."""
     work: Any = None
-    """The reference of a connect or a switch that is under way."""
+    """The reference of a connect or a switch that is under way, or of falling asleep or waking."""
     phase: Phase = Phase.PREPARE
     pending: Any = None
     """The reference that ends the phase."""
@@ -210,6 +217,8 @@ class Routers:
                     router.pending = router.actor.call(Phase.PREPARE.value)
                 except ExpertMeshError as error:
                     self._died(router, error)
+            elif router.phase is Phase.LOADED and self.recipe.can_start():
+                self._start_loaded(router)
             elif now >= router.deadline:
                 self._died(router, DeadlineExceededError("the start", self.start_timeout_s))
 
@@ -231,7 +240,8 @@ class Routers:
             router.facts = value
             router.phase, router.pending = Phase.LOAD, self.recipe.call_load(router)
         elif router.phase is Phase.LOAD:
-            router.phase, router.pending = Phase.START, self.recipe.call_start(router)
+            router.phase = Phase.LOADED
+            self._start_loaded(router)
         elif router.phase is Phase.START:
             router.ready = value
             router.phase, router.pending = Phase.CHECK, router.actor.call(Phase.CHECK.value)
@@ -248,6 +258,11 @@ class Routers:
             router.phase, router.pending = Phase.STOP, router.actor.call(Phase.STOP.value)
         else:
             self._leave(router)
+
+    def _start_loaded(self, router: Router) -> None:
+        """Go on where there are experts; else `tick` does when they are back."""
+        if self.recipe.can_start():
+            router.phase, router.pending = Phase.START, self.recipe.call_start(router)
 
     def _leave(self, router: Router) -> None:
         router.phase = Phase.LEFT
@@ -285,6 +300,7 @@ class Routers:
     def _end_process(self, router: Router) -> None:
         router.pending, router.deadline = None, float("inf")
         router.work, router.follows, router.connected = None, 0, 0
+        router.is_asleep = False
         if router.actor is not None:
             self.calls.kill(router.actor)
             router.actor = None

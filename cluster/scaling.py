@@ -24,7 +24,15 @@ import numpy.typing as npt
 from cluster import controller
 from cluster.controller import GroupPhase, Observed, RouterView, Target
 from cluster.groups import Group, Groups
-from cluster.members import GroupMember, LeaveWish, PlaceWish, ScaleWish, ServiceView, Wish
+from cluster.members import (
+    GroupMember,
+    LeaveWish,
+    PlaceWish,
+    ScaleWish,
+    ServiceView,
+    WakeWish,
+    Wish,
+)
 from cluster.routers import Calls, Phase, Router, Routers
 from experts.placement import Placement
 from protos.errors import ExpertMeshError, GroupLostError, RouterLostError
@@ -33,6 +41,8 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
 """After a plan or a start that failed; with other groups a plan is tried at once."""
+STARTING = (Phase.WAITING, Phase.PREPARE, Phase.LOAD, Phase.LOADED, Phase.START, Phase.CHECK)
+"""Of routers."""
 MAX_STEPS = 20
 """Steps of the controller in a row before the loop looks at Ray again."""
 
@@ -100,16 +110,22 @@ class Scaling:
         service as it is, is said in `view().trouble`, and is tried again.
 
         Args:
-            expert_groups: 1 or more; None leaves their number. Without effect in a dense model.
+            expert_groups: None leaves their number; 0 lets the service sleep until `wake`, if no
+                request runs or waits. Without effect in a dense model.
             routers: 1 or more; None leaves their number.
         """
         self.target = replace(
             self.target,
-            groups=expert_groups or self.target.groups,
+            groups=self.target.groups if expert_groups is None else expert_groups,
             routers=routers or self.target.routers,
             leaving=frozenset(),
         )
         self._retry_at, self._trouble, self.groups.trouble = 0.0, "", ""
+
+    def wake(self) -> None:
+        """Want the groups back that a service which sleeps had: they held all experts."""
+        if self.placement is not None and self.target.groups == 0:
+            self.scale(len(self.placement.groups))
 
     def leave(self, group_id: str) -> None:
         """Want one expert group less, and this one to go."""
@@ -133,6 +149,7 @@ class Scaling:
 
     def view(self) -> ServiceView:
         """Return what every router says of the whole service."""
+        is_settled = controller.is_settled(self._observe(), self.target)
         return ServiceView(
             version=self._version,
             groups=tuple(self.members()),
@@ -141,8 +158,14 @@ class Scaling:
             target_routers=self.target.routers,
             change=self._change(),
             trouble=self._trouble or self.groups.trouble,
-            is_settled=controller.is_settled(self._observe(), self.target),
+            is_settled=is_settled,
+            is_asleep=is_settled and self.placement is not None and self.target.groups == 0,
         )
+
+    @property
+    def serves(self) -> bool:
+        """Whether every group of the placement in force holds its experts and answers."""
+        return controller.serves(self._observe())
 
     def members(self) -> list[GroupMember]:
         """Return the groups that can be reached."""
@@ -181,6 +204,8 @@ class Scaling:
 
     def tick(self) -> None:
         """Start what is due, and tell the routers what has changed."""
+        if any(router.phase in STARTING for router in self.routers.all.values()):
+            self.wake()  # a router needs experts to start
         for _ in range(MAX_STEPS):
             actions = controller.step(self._observe(), self.target, self.clock())
             for action in actions:
@@ -212,6 +237,7 @@ class Scaling:
                     is_leaving=r.phase is Phase.DRAIN,
                     follows=r.follows,
                     connected=r.connected,
+                    is_asleep=r.is_asleep,
                     busy=r.work is not None,
                 )
                 for r in self.routers.all.values()
@@ -257,6 +283,12 @@ class Scaling:
                 self._abandon()
             case controller.AddRouter():
                 self.progress(f"starting {self.routers.add()}")
+            case controller.Sleep(router_id):
+                router = self.routers.all[router_id]
+                router.work = router.actor.call("sleep")
+            case controller.Wake(router_id):
+                router = self.routers.all[router_id]
+                router.work = router.actor.call("wake")
             case controller.DrainRouter(router_id):
                 self.progress(f"draining {router_id}")
                 self.routers.drain(router_id, self.drain_timeout_s)
@@ -307,22 +339,28 @@ class Scaling:
             return
         if isinstance(done, tuple):
             group.address, group.holds, group.compute = done
+            group.joined = group.joined or group.holds
         else:
             group.trimmed = done
 
     def _router_worked(self, router: Router) -> None:
         reference, router.work = router.work, None
         try:
-            method, epoch = self.calls.result(router.router_id, reference, RouterLostError)
+            method, value = self.calls.result(router.router_id, reference, RouterLostError)
         except RouterLostError:
             return  # likewise
         except ExpertMeshError as error:
             self._fail(error, router.router_id)
             return
-        if method == "connect":
-            router.connected = epoch
-        else:
-            router.follows = epoch
+        match method:
+            case "connect":
+                router.connected = value
+            case "switch":
+                router.follows = value
+            case "sleep" if not value:
+                self.wake()  # somebody came first
+            case _:
+                router.is_asleep = method == "sleep"
 
     def _take_wish(self, router_id: str) -> None:
         actor, reference = self._wishes.pop(router_id)
@@ -340,6 +378,9 @@ class Scaling:
                 self.leave(group_id)
             case PlaceWish(capacities, load):
                 self.place(capacities, load)
+            case WakeWish():
+                self.progress("a request waits: the expert groups come back")
+                self.wake()
 
     def _change(self) -> str:
         """Return in words what is under way; empty when nothing is."""
@@ -351,6 +392,9 @@ class Scaling:
             lacking = self.site.missing_nodes()
             waits = f" (the Ray cluster lacks {lacking})" if lacking else ""
             words.append(f"starting {', '.join(starting)}{waits}")
+        leaving = [g for g in self.groups.all if self.target.groups == 0]
+        if leaving:
+            words.append(f"nobody asks for anything: {', '.join(leaving)} leave")
         if self.plan is not None:
             epoch = self.plan.epoch
             behind = [g for g in self.plan.groups if self.groups.all[g].holds < epoch]

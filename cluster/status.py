@@ -127,6 +127,8 @@ def print_status(status: cluster_pb2.ClusterStatus) -> None:
 def print_scaling(status: cluster_pb2.ClusterStatus, console: Console) -> None:
     """Print what is wanted of the service where it is not so, and why."""
     scaling = status.scaling
+    if scaling.is_asleep:
+        console.print("asleep: no expert groups until the first request, which waits for them")
     if status.HasField("scaling") and not scaling.is_settled:
         console.print(
             f"wanted: {scaling.target_groups} expert groups, {scaling.target_routers} routers",

@@ -69,6 +69,8 @@ class View:
 
     model: str
     placement_epoch: int
+    is_asleep: bool
+    """There are no groups until the first request."""
     seconds: float
     """Between the two statuses; 0: there is one."""
     routers: tuple[RouterRow, ...]
@@ -101,6 +103,7 @@ def view_of(
     return View(
         model=after.model,
         placement_epoch=after.placement_epoch,
+        is_asleep=after.scaling.is_asleep,
         seconds=seconds,
         routers=tuple(
             _router_row(

@@ -123,6 +123,8 @@ def screen(view: View) -> RenderableType:
             _share(router.dispatch_share),
             router.grpc_address,
         )
+    if view.is_asleep:
+        return Group(head, routers, Text("asleep: no expert groups until the first request"))
     if not view.groups:
         return Group(head, routers)
     balance = "" if view.balancedness is None else f", worst layer balanced {view.balancedness:.2f}"

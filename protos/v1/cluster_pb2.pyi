@@ -55,7 +55,7 @@ class GroupStatus(_message.Message):
     def __init__(self, group_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., transport: _Optional[str] = ..., compute: _Optional[str] = ..., num_threads: _Optional[int] = ..., num_experts: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., num_calls: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_pairs: _Optional[int] = ..., busy_s: _Optional[float] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., layer_pairs: _Optional[_Iterable[int]] = ..., capacity_bytes: _Optional[int] = ...) -> None: ...
 
 class RouterStatus(_message.Message):
-    __slots__ = ("router_id", "state", "grpc_address", "requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_total", "state_slots_used", "state_slots_total", "prompt_tokens", "generation_tokens", "preemptions", "steps", "step_s", "dispatch_s", "pid", "trunk_ops", "sessions_held", "cache", "stores", "cold", "waiting_tokens", "prefill_tokens_per_s", "latency")
+    __slots__ = ("router_id", "state", "grpc_address", "requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_total", "state_slots_used", "state_slots_total", "prompt_tokens", "generation_tokens", "preemptions", "steps", "step_s", "dispatch_s", "pid", "trunk_ops", "sessions_held", "cache", "stores", "cold", "waiting_tokens", "prefill_tokens_per_s", "latency", "route_streams")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class RouterStatus(_message.Message):
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     LATENCY_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_STREAMS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     state: str
     grpc_address: str
@@ -104,7 +105,8 @@ class RouterStatus(_message.Message):
     waiting_tokens: int
     prefill_tokens_per_s: float
     latency: LatencyStatus
-    def __init__(self, router_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., state_slots_used: _Optional[int] = ..., state_slots_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., pid: _Optional[int] = ..., trunk_ops: _Optional[str] = ..., sessions_held: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., stores: _Optional[_Iterable[_Union[StoreStatus, _Mapping]]] = ..., cold: _Optional[_Union[ColdStatus, _Mapping]] = ..., waiting_tokens: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., latency: _Optional[_Union[LatencyStatus, _Mapping]] = ...) -> None: ...
+    route_streams: int
+    def __init__(self, router_id: _Optional[str] = ..., state: _Optional[str] = ..., grpc_address: _Optional[str] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., state_slots_used: _Optional[int] = ..., state_slots_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., pid: _Optional[int] = ..., trunk_ops: _Optional[str] = ..., sessions_held: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., stores: _Optional[_Iterable[_Union[StoreStatus, _Mapping]]] = ..., cold: _Optional[_Union[ColdStatus, _Mapping]] = ..., waiting_tokens: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., latency: _Optional[_Union[LatencyStatus, _Mapping]] = ..., route_streams: _Optional[int] = ...) -> None: ...
 
 class LatencyStatus(_message.Message):
     __slots__ = ("bounds_s", "first_token", "between_tokens")
@@ -205,18 +207,20 @@ class ClusterStatus(_message.Message):
     def __init__(self, model: _Optional[str] = ..., dtype: _Optional[str] = ..., placement_epoch: _Optional[int] = ..., max_model_len: _Optional[int] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[GroupStatus, _Mapping]]] = ..., scaling: _Optional[_Union[ScalingStatus, _Mapping]] = ..., state: _Optional[str] = ..., progress: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScalingStatus(_message.Message):
-    __slots__ = ("target_groups", "target_routers", "change", "trouble", "is_settled")
+    __slots__ = ("target_groups", "target_routers", "change", "trouble", "is_settled", "is_asleep")
     TARGET_GROUPS_FIELD_NUMBER: _ClassVar[int]
     TARGET_ROUTERS_FIELD_NUMBER: _ClassVar[int]
     CHANGE_FIELD_NUMBER: _ClassVar[int]
     TROUBLE_FIELD_NUMBER: _ClassVar[int]
     IS_SETTLED_FIELD_NUMBER: _ClassVar[int]
+    IS_ASLEEP_FIELD_NUMBER: _ClassVar[int]
     target_groups: int
     target_routers: int
     change: str
     trouble: str
     is_settled: bool
-    def __init__(self, target_groups: _Optional[int] = ..., target_routers: _Optional[int] = ..., change: _Optional[str] = ..., trouble: _Optional[str] = ..., is_settled: _Optional[bool] = ...) -> None: ...
+    is_asleep: bool
+    def __init__(self, target_groups: _Optional[int] = ..., target_routers: _Optional[int] = ..., change: _Optional[str] = ..., trouble: _Optional[str] = ..., is_settled: _Optional[bool] = ..., is_asleep: _Optional[bool] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("target", "timeout_s")

@@ -155,6 +155,8 @@ class EngineStats:
     """Time in steps that ran the model."""
     dispatch_s: float
     """Time in which the model waited for experts."""
+    is_asleep: bool = False
+    """Requests only wait: see `Engine.sleep`."""
     num_cold_bytes: int = 0
     """Host memory of what a sequence has outside the blocks."""
     spilled_blocks: int = 0

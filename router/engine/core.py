@@ -106,7 +106,7 @@ class EngineCore:
             self._take_calls(begin)
         if begin >= self._next_deadline:
             self._expire(begin)
-        chunks = self._scheduler.schedule(begin)
+        chunks = [] if self._inbox.is_asleep else self._scheduler.schedule(begin)
         for sequence, error in self._scheduler.take_lost():
             self._lose(sequence, error)
         has_batch = bool(chunks or self._scheduler.rows.sequences)

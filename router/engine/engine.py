@@ -191,6 +191,23 @@ class Engine:
         logger.info("request.cancelled id=%s reason=%s", request_id, reason or "-")
         return True
 
+    def sleep(self, on_request: Callable[[], None]) -> bool:
+        """Run nothing until `wake`: there is nobody to compute experts.
+
+        Requests are taken, and wait; they may be cancelled, and their deadlines hold.
+
+        Args:
+            on_request: Called for each request that comes meanwhile, by whoever submits it.
+
+        Returns:
+            False where a request is live, and so the engine goes on.
+        """
+        return self._inbox.sleep(on_request)
+
+    def wake(self) -> None:
+        """Run what has come meanwhile."""
+        self._inbox.wake()
+
     def drain(self) -> None:
         """Take no more requests; those that are live run to their end."""
         self._inbox.drain()
@@ -222,6 +239,7 @@ class Engine:
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting + self._inbox.num_submitted,
+            is_asleep=self._inbox.is_asleep,
             num_queued_tokens=scheduler.num_queued_tokens,
             num_blocks_used=self._blocks.num_used,
             num_blocks=self._blocks.num_blocks,

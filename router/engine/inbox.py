@@ -25,6 +25,14 @@ class Inbox:
         self._posted: list[Callable[[], None]] = []
         self._num_submitted = 0
         self._is_draining = self._is_stopped = False
+        self._on_request: Callable[[], None] | None = None
+        """Set while the engine sleeps."""
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether nothing is to run, whatever is submitted; read without the lock, by the engine
+        thread: none was live when it became true."""
+        return self._on_request is not None
 
     @property
     def has_calls(self) -> bool:
@@ -74,7 +82,10 @@ class Inbox:
                 self._num_submitted += 1
             self._live[request_id] = sequences.copy()
             self._submitted += sequences
+            on_request = self._on_request
             self._wake.notify()
+        if on_request is not None:
+            on_request()
         return ahead
 
     def cancel(self, request_id: str, request: EngineRequest | None) -> bool:
@@ -99,6 +110,24 @@ class Inbox:
         """Let the engine thread call something before its next step."""
         with self._wake:
             self._posted.append(call)
+            self._wake.notify()
+
+    def sleep(self, on_request: Callable[[], None]) -> bool:
+        """Let nothing run until `wake`, unless a request is live; return whether it is so.
+
+        Args:
+            on_request: Called for each request that is submitted meanwhile, by whoever submits it.
+        """
+        with self._wake:
+            if self._on_request is None and not self._live:
+                self._on_request = on_request
+            return self._on_request is not None
+
+    def wake(self) -> None:
+        """Let run what was submitted meanwhile."""
+        with self._wake:
+            self._on_request = None
+            self._posted.append(lambda: None)  # so that the engine looks
             self._wake.notify()
 
     def drain(self) -> None:

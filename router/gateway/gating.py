@@ -8,7 +8,7 @@ nor the engine waits for it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -54,6 +54,29 @@ class GatingServicer(gating_pb2_grpc.GatingServiceServicer):
         self._dispatcher = dispatcher
         self._model = model
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gating")
+        self.num_streams = 0
+        """That are open."""
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._on_request: Callable[[], None] | None = None
+
+    def sleep(self, on_request: Callable[[], None]) -> bool:
+        """Let calls wait until `wake`; in the gateway's loop.
+
+        Args:
+            on_request: Called when the first call of a stream comes meanwhile.
+
+        Returns:
+            False where a stream is open, and so nothing changes.
+        """
+        if not self.num_streams:
+            self._on_request = on_request
+            self._awake.clear()
+        return not self._awake.is_set()
+
+    def wake(self) -> None:
+        """Answer the calls that came meanwhile; in the gateway's loop."""
+        self._awake.set()
 
     def close(self) -> None:
         """Wait for the call in flight and end the thread."""
@@ -64,9 +87,16 @@ class GatingServicer(gating_pb2_grpc.GatingServiceServicer):
     ) -> None:
         """Answer each request in order; see `gating.proto`."""
         loop = asyncio.get_running_loop()
-        async for request in request_iterator:
-            answer = await loop.run_in_executor(self._thread, self.route, request)
-            await context.write(answer)
+        self.num_streams += 1
+        try:
+            async for request in request_iterator:
+                if self._on_request is not None and not self._awake.is_set():
+                    self._on_request()
+                    await self._awake.wait()
+                answer = await loop.run_in_executor(self._thread, self.route, request)
+                await context.write(answer)
+        finally:
+            self.num_streams -= 1
 
     def route(self, request: gating_pb2.RouteRequest) -> gating_pb2.RouteResponse:
         """Compute one layer for some rows.

@@ -131,6 +131,7 @@ def main() -> None:
         rest_s = time.monotonic() - ended
         nodes_after = nodes.num_nodes()
         lines = [f"{at - began:6.1f} {line}" for at, line in nodes.lines]
+    nodes.join()
     everyone = [calm, *bursts]
     failures = list(itertools.chain.from_iterable(one.failures for one in everyone))
     unequal = sum(one.unequal for one in everyone)

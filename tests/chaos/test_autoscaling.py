@@ -1,4 +1,7 @@
-"""The load decides how many routers there are: one more comes, and goes, and nobody notices.
+"""The load decides how many routers there are, and without any the expert groups go.
+
+One more router comes, and leaves, and nobody notices; then the service sleeps until a request,
+which waits for the groups.
 
 Real Ray, real processes: no request may fail, and every token is the one of an undisturbed run.
 """
@@ -13,10 +16,12 @@ import pytest
 from cluster.autoscale_explain import ask_decisions
 from cluster.autoscale_log import changes_something
 from cluster.status import ask_status
+from protos.client import Client, ClientConfig
+from protos.errors import DeadlineExceededError
 from protos.tls import Access
-from tests.chaos.traffic import Traffic
+from tests.chaos.traffic import CONFIG, PROMPTS, Traffic, generate
 from tests.eventually import eventually
-from tests.integration.served import Served
+from tests.integration.served import Served, run_cli
 from tests.parity.checkpoints import make_checkpoint
 
 pytestmark = pytest.mark.timeout(420)
@@ -26,14 +31,17 @@ SETTINGS = {
     # Three clients are more than one router is to have, by far; none are none.
     "EXPERTMESH_AUTOSCALE__TARGET_ONGOING_REQUESTS": "1",
     "EXPERTMESH_AUTOSCALE__INTERVAL_S": "0.5",
+    "EXPERTMESH_AUTOSCALE__LOOK_BACK_PERIOD_S": "3",
+    "EXPERTMESH_AUTOSCALE__DOWNSCALE_TO_ZERO_DELAY_S": "6",
 }
 
 
-def test_a_router_comes_with_the_load_and_goes_with_it(tmp_path: Path) -> None:
+def test_a_router_comes_with_the_load_and_all_groups_go_without_any(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "tiny", tokenizer=True)
     flags = ("--autoscale", "apply", "--max-routers", "2", "--expert-groups", "1")
     delays = ("--upscale-delay", "1", "--downscale-delay", "3", "--shutdown-timeout", "3")
-    with Served(checkpoint, *flags, *delays, env=SETTINGS) as service:
+    asleep = ("--min-expert-groups", "0")
+    with Served(checkpoint, *flags, *delays, *asleep, env=SETTINGS) as service:
 
         def ready() -> int:
             return sum(r.state == "READY" for r in ask_status(service.address).routers)
@@ -51,3 +59,17 @@ def test_a_router_comes_with_the_load_and_goes_with_it(tmp_path: Path) -> None:
         steps = [step for step, _ in itertools.groupby((c.count, c.wanted) for c in changes)]
         assert steps == [(1, 2), (2, 1)]
         assert changes[0].reason.startswith("requests: ")
+
+        eventually(lambda: ask_status(service.address).scaling.is_asleep, CHANGE_S, 0.2)
+        assert not ask_status(service.address).groups
+        shown = run_cli("status", "--url", service.address)
+        assert "asleep: no expert groups until the first request" in shown.stdout
+        with (
+            Client(service.address, ClientConfig(timeout_s=0.5, max_attempts=1)) as impatient,
+            pytest.raises(DeadlineExceededError),
+        ):
+            generate(impatient, PROMPTS[0])
+        with Client(service.address, CONFIG) as client:
+            assert generate(client, PROMPTS[2]) == traffic.expected[2], "it waited for the groups"
+        assert ask_status(service.address).scaling.target_groups == 1
+        assert any("a request waits: the expert groups come back" in e for e in service.errors)

@@ -83,6 +83,7 @@ class FakeNodes:
     idle_timeout_s: float = 3.0
     lines: list[tuple[float, str]] = field(default_factory=list)
     """What `serve` said, and when: monotonic seconds."""
+    _readers: list[threading.Thread] = field(default_factory=list)
 
     def start(self) -> None:
         """Start the head; returns when it runs. It ends with the host."""
@@ -112,7 +113,9 @@ class FakeNodes:
             *("--group-resource", GROUP_RESOURCE, *flags),
         )
         service = self.host.start(*self._in_place(command, env or {}), is_read=True)
-        threading.Thread(target=self._read, args=(service,), daemon=True).start()
+        reader = threading.Thread(target=self._read, args=(service,), daemon=True)
+        reader.start()
+        self._readers.append(reader)
 
         def ready() -> str:
             said = [line for _, line in self.lines]
@@ -123,10 +126,15 @@ class FakeNodes:
 
         return eventually(ready, START_TIMEOUT_S, 0.1)
 
+    def join(self) -> None:
+        """Take the last of what `serve` said; the host has ended."""
+        for reader in self._readers:
+            reader.join(START_TIMEOUT_S)
+
     def num_nodes(self) -> int:
         """Return how many nodes there are beside the head, by their processes."""
-        running = self.host.processes().values()
-        return sum(command.split()[0].endswith("/raylet") for command in running) - 1
+        raylets = self.host.run("ps -C raylet -o stat= || true").split()
+        return sum(not state.startswith("Z") for state in raylets) - 1
 
     def _in_place(self, command: Sequence[str], settings: Mapping[str, str]) -> list[str]:
         """Return what runs a command in `ROOT`, with this interpreter's programs first."""
@@ -141,5 +149,6 @@ class FakeNodes:
 
     def _read(self, service: subprocess.Popen[str]) -> None:
         assert service.stdout is not None
-        for line in service.stdout:
-            self.lines.append((time.monotonic(), line.rstrip()))
+        with service.stdout as output:
+            for line in output:
+                self.lines.append((time.monotonic(), line.rstrip()))

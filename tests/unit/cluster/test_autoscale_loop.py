@@ -11,7 +11,7 @@ import pytest
 from cluster.autoscale import Decision, Policy
 from cluster.autoscale_log import NUM_KEPT, DecisionLog, decision_message
 from cluster.autoscale_loop import AutoscaleLoop, Membership, policy_of
-from cluster.autoscaler import Autoscaler, check_mode, policy_at_start
+from cluster.autoscaler import Autoscaler, policy_at_start
 from cluster.config import AutoscaleSection, Config
 from protos.errors import ConfigurationError, UnreachableError
 from protos.v1 import cluster_pb2
@@ -26,6 +26,7 @@ class Service:
 
     def __init__(self) -> None:
         self.now_s = 0.0
+        self.num_groups = 1
         self.asked: list[str] = []
 
     def clock(self) -> float:
@@ -45,10 +46,10 @@ class Service:
         )
 
     def loop(self, section: AutoscaleSection = SECTION) -> AutoscaleLoop:
-        membership = Membership(groups=1, num_routers=2, routers=ADDRESSES)
-        return AutoscaleLoop(
-            section, policy(section), lambda: membership, self.ask, clock=self.clock
-        )
+        return AutoscaleLoop(section, policy(section), self.membership, self.ask, clock=self.clock)
+
+    def membership(self) -> Membership:
+        return Membership(groups=self.num_groups, num_routers=2, routers=ADDRESSES)
 
 
 def policy(section: AutoscaleSection = SECTION) -> Policy:
@@ -138,14 +139,6 @@ def test_bounds_must_hold_the_start(section: AutoscaleSection, message: str) -> 
         policy(section)
 
 
-def test_a_service_that_runs_keeps_a_group() -> None:
-    asleep = replace(SECTION, min_groups=0)
-    check_mode(Config(autoscale=asleep))
-    check_mode(Config(autoscale=replace(SECTION, mode="apply")))
-    with pytest.raises(ConfigurationError, match=r"autoscale.min_groups must be 1 or more with.*0"):
-        check_mode(Config(autoscale=replace(asleep, mode="apply")))
-
-
 def test_there_are_no_more_groups_than_experts() -> None:
     facts: Any = SimpleNamespace(num_experts=3)
     membership = Membership(groups=1, num_routers=2, routers=ADDRESSES)
@@ -189,7 +182,12 @@ class Router:
 
 def test_routers_learn_decisions_and_a_new_one_all_of_them() -> None:
     service, said = Service(), list[str]()
-    autoscaler = Autoscaler(mode="advise", loop=service.loop(), progress=said.append)
+    autoscaler = Autoscaler(
+        mode="advise",
+        loop=service.loop(),
+        membership=service.membership,
+        progress=said.append,
+    )
     old, new = Router(), Router()
     for number in range(6):
         service.now_s = 2.0 * number
@@ -209,12 +207,17 @@ def test_what_is_wanted_is_made_so_where_somebody_can() -> None:
     autoscaler = Autoscaler(
         mode="apply",
         loop=service.loop(),
+        membership=service.membership,
         progress=said.append,
         scale=lambda groups, routers: scaled.append((groups, routers)),
     )
     for number in range(3):
         service.now_s = 2.0 * number
-        autoscaler.loop._decisions.put(autoscaler.loop.decide_once())
+        decision = autoscaler.loop.decide_once()
+        autoscaler.loop._decisions.put(decision)
         autoscaler.tick([])
+    service.num_groups = 3  # somebody has changed it meanwhile: the decision is out of date
+    autoscaler.loop._decisions.put(decision)
+    autoscaler.tick([])
     assert scaled == [(2, None)], "the routers stay as many as they are"
     assert said[0].startswith("autoscale wants 2 expert groups instead of 1: busy")

@@ -21,11 +21,13 @@ from cluster.controller import (
     Observed,
     Plan,
     RouterView,
+    Sleep,
     StartGroup,
     StopGroup,
     Switch,
     Target,
     Trim,
+    Wake,
     members,
     step,
 )
@@ -62,6 +64,8 @@ class World:
     pending: list[controller.Action] = field(default_factory=list)
     last_epoch: int = 1
     is_published: bool = False
+    refusals: float = 0.0
+    """Part of the times that a router has requests when it is asked to sleep."""
 
     @classmethod
     def of(cls, groups: int, routers: int) -> World:
@@ -69,7 +73,7 @@ class World:
         placement = plan_placement(LAYERS, EXPERTS, dict.fromkeys(names, 1.0))
         world = cls(placement, Target(groups=groups, routers=routers))
         for name in names:
-            world.groups[name] = GroupView(phase=RUNNING, holds=1, trimmed=1)
+            world.groups[name] = GroupView(phase=RUNNING, holds=1, joined=1, trimmed=1)
             world.held[name] = residents(placement, name)
         for i in range(routers):
             world.routers[f"router-{i}"] = RouterView(is_up=True, follows=1, connected=1)
@@ -122,6 +126,14 @@ class World:
                 self.is_published |= isinstance(action, Switch)
                 self.routers[name] = replace(self.routers[name], busy=True)
                 self.pending.append(action)
+            case Sleep(name) | Wake(name):
+                assert not self.routers[name].busy
+                follows = self.known[self.routers[name].follows]
+                if isinstance(action, Wake):
+                    joined = [self.groups[g].joined for g in follows.groups]
+                    assert max(joined) <= follows.epoch, "it knows the process before"
+                self.routers[name] = replace(self.routers[name], busy=True)
+                self.pending.append(action)
             case Commit():
                 assert self.plan is not None
                 self.placement, self.plan = self.plan, None
@@ -135,6 +147,10 @@ class World:
                 self.routers[name] = replace(self.routers[name], is_leaving=True)
                 self.pending.append(action)
         self.check()
+
+    def wake(self) -> None:
+        if self.target.groups == 0:
+            self.target = replace(self.target, groups=len(self.placement.groups))
 
     def abandon(self) -> None:
         assert self.plan is not None
@@ -154,7 +170,10 @@ class World:
                 if self.plan is not None and name in self.plan.groups:
                     self.held[name] |= residents(self.plan, name)
                     holds = self.plan.epoch
-                    self.groups[name] = replace(self.groups[name], busy=False, holds=holds)
+                    joined = self.groups[name].joined or holds
+                    self.groups[name] = replace(
+                        self.groups[name], busy=False, holds=holds, joined=joined
+                    )
                 else:
                     self.groups[name] = replace(self.groups[name], busy=False)
             case Trim(name) if name in self.groups and self.groups[name].busy:
@@ -167,6 +186,13 @@ class World:
                     view = replace(view, connected=self.plan.epoch)
                 elif self.plan is not None and view.connected == self.plan.epoch:
                     view = replace(view, follows=self.plan.epoch)
+                self.routers[name] = view
+            case Sleep(name) if generator.random() < self.refusals:
+                self.routers[name] = replace(self.routers[name], busy=False)
+                self.wake()
+            case Sleep(name) | Wake(name):
+                is_asleep = isinstance(action, Sleep)
+                view = replace(self.routers[name], busy=False, is_asleep=is_asleep)
                 self.routers[name] = view
             case AddRouter():
                 for name, router in self.routers.items():
@@ -190,6 +216,8 @@ class World:
     def check(self) -> None:
         """What a router asks for is there, except where a process has died."""
         for router in self.routers.values():
+            if router.is_asleep:
+                continue
             placement = self.known.get(router.follows)
             for name in placement.groups if placement else ():
                 if router.follows <= self.died.get(name, 0):
@@ -275,6 +303,14 @@ def test_the_only_group_is_waited_for() -> None:
     assert world.placement.epoch == 2, "it is somewhere else, perhaps: routers must hear of it"
 
 
+def test_a_group_that_is_back_is_lost_until_a_plan_of_it_is_in_force() -> None:
+    """A plan was given up after it had loaded experts; routers know the process before it."""
+    world = World.of(1, 1)
+    world.groups["group-0"] = GroupView(phase=RUNNING, holds=2, joined=2)
+    assert not controller.serves(world.observe())
+    assert [type(a) for a in step(world.observe(), world.target, 0.0)] == [Plan]
+
+
 def test_a_plan_that_failed_waits_and_other_groups_do_not() -> None:
     world = World.of(1, 1)
     world.groups["group-1"] = GroupView(phase=RUNNING)
@@ -319,6 +355,78 @@ def test_an_ordered_placement_follows_load_and_shares() -> None:
     assert [len(residents(plan.placement, g)) for g in shares] == [8, 16]
     assert balancedness(plan.placement, load, shares) > 0.9
     world.settle(drawn())
+
+
+def test_a_late_group_holds_nobody_up() -> None:
+    world = World.of(1, 1)
+    world.target = Target(groups=3, routers=1)
+    world.groups |= {
+        "group-1": GroupView(phase=RUNNING, since=100.0),
+        "group-2": GroupView(phase=STARTING),
+    }
+    assert step(world.observe(), world.target, 100.0 + 0.9 * controller.GATHER_S) == []
+    (plan,) = step(world.observe(), world.target, 100.0 + controller.GATHER_S)
+    assert isinstance(plan, Plan)
+    assert plan.placement.groups == ("group-0", "group-1")
+    assert not controller.is_settled(
+        replace(world.observe(), placement=plan.placement), Target(groups=3, routers=1)
+    )
+
+
+def test_the_service_sleeps_when_every_router_does_and_wakes_with_its_experts() -> None:
+    world = World.of(2, 2)
+    world.target = replace(world.target, groups=0)
+    seen: list[str] = []
+    generator = drawn()
+    while not world.is_settled:
+        before, groups = list(world.pending), len(world.groups)
+        world.tick()
+        seen += [type(a).__name__ for a in world.pending if a not in before]
+        seen += ["StopGroup"] * (groups - len(world.groups))
+        world.end_one(generator)
+    assert seen == ["Sleep", "Sleep", "StopGroup", "StopGroup"]
+    assert world.placement.epoch == 1
+    world.wake()
+    world.settle(generator)
+    assert list(world.groups) == ["group-0", "group-1"]
+    assert not any(router.is_asleep for router in world.routers.values())
+    assert world.placement.epoch >= 2
+
+
+def test_a_router_that_refuses_keeps_all_groups() -> None:
+    world = World.of(2, 2)
+    world.refusals = 1.0
+    world.target = replace(world.target, groups=0)
+    world.tick()
+    world.end_one(drawn())
+    world.refusals = 0.0
+    world.settle(drawn())
+    assert list(world.groups) == ["group-0", "group-1"]
+    assert world.placement.epoch == 1, "nothing has changed"
+
+
+def test_sleep_and_requests_in_any_order_never_take_an_expert_away() -> None:
+    for seed in range(300):
+        generator = random.Random(seed)
+        world = World.of(generator.randint(1, 3), generator.randint(1, 3))
+        world.refusals = 0.2
+        for _ in range(60):
+            draw = generator.random()
+            if draw < 0.1:
+                world.target = replace(world.target, groups=0)
+            elif draw < 0.2:
+                world.wake()
+            elif draw < 0.25:
+                world.target = replace(world.target, groups=generator.randint(1, 3))
+            elif draw < 0.28 and world.groups:
+                world.kill(generator.choice(list(world.groups)))
+            world.tick()
+            world.end_one(generator)
+        world.refusals = 0.0
+        world.settle(generator)
+        is_asleep = world.target.groups == 0
+        assert bool(world.groups) != is_asleep, f"seed {seed}"
+        assert all(r.is_asleep == is_asleep for r in world.routers.values()), f"seed {seed}"
 
 
 def test_a_dense_model_has_routers_only() -> None:

@@ -55,6 +55,7 @@ class World:
     leaving: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     ports: list[int | None] = field(default_factory=list)
+    has_experts: bool = True
     spawn_error: ExpertMeshError | None = None
     errors: dict[str, ExpertMeshError] = field(default_factory=dict)
     """Method -> what its next call raises."""
@@ -77,6 +78,9 @@ class World:
     def call_load(self, router: Router) -> Any:
         assert router.facts is FACTS
         return Call(router.router_id, "load")
+
+    def can_start(self) -> bool:
+        return self.has_experts
 
     def call_start(self, router: Router) -> Any:
         self.ports.append(router.port)
@@ -132,6 +136,21 @@ def run_to_up(routers: Routers, router_id: str = "router-0") -> None:
         assert routers.all[router_id].phase is phase
         routers.finished(router_id)
     assert routers.all[router_id].phase is Phase.UP
+
+
+def test_a_router_waits_for_experts_before_it_starts(world: World, routers: Routers) -> None:
+    world.has_experts = False
+    die(world, routers)
+    routers.tick()
+    routers.finished("router-0")
+    routers.finished("router-0")
+    router = routers.all["router-0"]
+    assert (router.phase, router.pending) == (Phase.LOADED, None)
+    routers.tick()
+    assert router.phase is Phase.LOADED
+    world.has_experts = True
+    routers.tick()
+    assert router.phase is Phase.START
 
 
 def test_a_dead_router_walks_back_to_its_port_and_all_are_told(

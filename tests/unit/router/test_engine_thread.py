@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from protos.errors import (
+    DeadlineExceededError,
     DrainingError,
     EngineStoppedError,
     InternalError,
 )
 from router.engine.batch import Batch
 from router.engine.engine import Engine
-from router.engine.request import StepOutput
+from router.engine.request import FinishReason, StepOutput
 from tests.unit.router.engine_harness import (
     VOCAB,
     Outputs,
@@ -195,3 +196,62 @@ def test_outputs_of_a_step_can_be_delivered_at_once() -> None:
     run(engine)
     assert calls == [3, 3, 3, 3]
     assert_as_expected(requests, outputs)
+
+
+# Sleep.
+
+
+def test_requests_wait_while_the_engine_sleeps_and_run_as_ever_afterwards() -> None:
+    now, asked = 0.0, list[int]()
+    outputs = Outputs()
+    engine = Engine(HashModel(VOCAB), config_of(), clock=lambda: now)
+    assert engine.sleep(lambda: asked.append(1))
+    request = request_of("a", [1, 2], max_tokens=4, ignore_eos=True)
+    engine.submit(request, outputs)
+    engine.submit(request_of("late", [1], max_tokens=4, deadline=5.0), outputs)
+    engine.submit(request_of("left", [1], max_tokens=4), outputs)
+    assert len(asked) == 3
+    assert not engine.step()
+    stats = engine.stats()
+    assert (stats.num_waiting, stats.num_running, stats.steps) == (3, 0, 0)
+    assert stats.is_asleep
+    engine.cancel("left")
+    now = 5.0
+    assert not engine.step()
+    assert outputs.last["left", 0].finish_reason is FinishReason.CANCELLED
+    assert isinstance(outputs.last["late", 0].error, DeadlineExceededError)
+    assert engine.sleep(lambda: None), "asking twice changes nothing, whoever waits"
+    engine.wake()
+    run(engine)
+    assert_as_expected([request], outputs)
+    assert_all_free(engine)
+    assert not engine.stats().is_asleep
+
+
+def test_an_engine_with_a_live_request_does_not_sleep() -> None:
+    outputs = Outputs()
+    engine = Engine(HashModel(VOCAB), config_of())
+    engine.submit(request_of("a", [1], max_tokens=2, ignore_eos=True), outputs)
+    assert not engine.sleep(lambda: None), "it waits"
+    engine.step()
+    assert not engine.sleep(lambda: None), "it runs"
+    run(engine)
+    assert engine.sleep(lambda: None)
+
+
+def test_the_thread_wakes_for_what_came_while_it_slept() -> None:
+    engine = Engine(HashModel(VOCAB), config_of())
+    asked, ended = threading.Event(), threading.Event()
+
+    def sink(output: StepOutput) -> None:
+        if output.finish_reason is not None:
+            ended.set()
+
+    engine.start()
+    assert engine.sleep(asked.set)
+    engine.submit(request_of("a", [1], max_tokens=2, ignore_eos=True), sink)
+    assert asked.wait(0), "by the one who submits"
+    assert engine.stats().steps == 0
+    engine.wake()
+    assert ended.wait(30)
+    engine.stop()

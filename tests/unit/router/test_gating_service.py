@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from router.gateway.gating import GatingServicer
 from router.gateway.server import GatewayOptions, GatewayThread, gating_service
 from router.gating.gate import Gate
 from tests.certificates import Authority
+from tests.eventually import eventually
 
 HIDDEN, EXPERTS, TOP_K, LAYERS = 8, 6, 2, 2
 
@@ -65,13 +69,26 @@ class Mesh:
     def __init__(self, options: GatewayOptions, access: Access | None = None) -> None:
         self.dispatcher = ScalingDispatcher()
         self._access = access or Access()
-        self._servicer = GatingServicer(GATE, self.dispatcher, "tiny")
-        self._thread = GatewayThread([gating_service(self._servicer)], options)
-        self.address = self._thread.start()
+        self.servicer = GatingServicer(GATE, self.dispatcher, "tiny")
+        self.thread = GatewayThread([gating_service(self.servicer)], options)
+        self.address = self.thread.start()
 
     def stop(self) -> None:
-        self._thread.stop()
-        self._servicer.close()
+        self.thread.stop()
+        self.servicer.close()
+
+    @contextmanager
+    def open_stream(self) -> Iterator[Iterator[gating_pb2.RouteResponse]]:
+        """Hold a stream open behind its first request; yields the answers."""
+        ended = threading.Event()
+
+        def requests() -> Iterator[gating_pb2.RouteRequest]:
+            yield request_of(hidden_of(), call_id=4)
+            ended.wait()
+
+        with self._access.channel(self.address) as channel:
+            yield gating_pb2_grpc.GatingServiceStub(channel).Route(requests(), timeout=20)
+            ended.set()
 
     def route(
         self, *requests: gating_pb2.RouteRequest, access: Access | None = None
@@ -133,6 +150,29 @@ def test_answers_come_in_order(mesh: Mesh) -> None:
     answers = mesh.route(*requests)
     assert [a.call_id for a in answers] == list(range(40))
     assert [a.output.shape[0] for a in answers] == [1 + i % 4 for i in range(40)]
+
+
+def test_calls_wait_while_the_service_sleeps(mesh: Mesh) -> None:
+    asked = threading.Event()
+
+    async def sleep() -> bool:
+        return mesh.servicer.sleep(asked.set)
+
+    async def wake() -> None:
+        mesh.servicer.wake()
+
+    eventually(lambda: mesh.servicer.num_streams == 0)
+    assert mesh.thread.call(sleep())
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(mesh.route, request_of(hidden_of(), call_id=3))
+        assert asked.wait(20)
+        assert mesh.servicer.num_streams == 1
+        assert not waiting.done()
+        mesh.thread.call(wake())
+        assert [answer.call_id for answer in waiting.result(20)] == [3]
+        with mesh.open_stream() as answers:
+            assert next(answers).call_id == 4
+            assert not mesh.thread.call(sleep()), "a stream is open"
 
 
 def test_tls_and_a_key_change_no_answer(mesh: Mesh, tmp_path: Path) -> None:
