@@ -71,6 +71,8 @@ class BatchOptions:
     defaults: RowDefaults
     ray_address: str | None = None
     """None: a Ray of its own on this machine."""
+    is_submitted: bool = False
+    """Run by the service, in its own Ray, which is not there for a `batch resume`."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -110,6 +112,8 @@ class BatchOptions:
     def document(self) -> dict[str, Any]:
         """Return the values as JSON, for `batch resume`; without what gives access."""
         own = {name: getattr(self, name) for name in _PLAIN}
+        if self.is_submitted:
+            own["ray_address"] = None
         return {**own, "pool": asdict(self.pool), "defaults": asdict(self.defaults)}
 
     @classmethod

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 
 from google.rpc import status_pb2
@@ -63,6 +64,7 @@ def options_of(
         pool=Pool(**pool),
         defaults=RowDefaults(**defaults),
         ray_address=ray_address,
+        is_submitted=True,
         **{renamed.get(name, name): value for name, value in given.items()},
     )
 
@@ -72,6 +74,7 @@ def job_line(options: BatchOptions) -> bytes:
     access, tls = options.access, options.access.tls
     document = {
         "options": options.document(),
+        "ray_address": options.ray_address,
         "api_key": access.api_key,
         "tls": None
         if tls is None
@@ -87,9 +90,9 @@ def read_job(line: bytes) -> BatchOptions:
     if tls is not None:
         pem = {name: _bytes(tls[name]) for name in _PEM}
         tls = ClientTls(**pem, server_name=tls["server_name"])
-    return BatchOptions.of(
-        document["options"], Access(tls=tls, api_key=document["api_key"]), url=None
-    )
+    access = Access(tls=tls, api_key=document["api_key"])
+    options = BatchOptions.of(document["options"], access, url=None)
+    return replace(options, ray_address=document["ray_address"], is_submitted=True)
 
 
 def end_line(end: str, counts: dict[str, Any], error: ExpertMeshError | None = None) -> bytes:

@@ -30,7 +30,7 @@ Arguments = list[Argument]
 MAX_PAGE_SIZE = 1000
 KNOWN_MS = 86_400_000
 """How long an idempotency key is known."""
-LEASE_S = 15.0
+LEASE_S = 10.0
 """A driver's holder that is silent for so long has lost the batch."""
 
 

@@ -44,6 +44,7 @@ def test_options_that_are_not_set_are_those_of_batch_run() -> None:
         pool=Pool(min_clients=1, max_clients=4),
         defaults=RowDefaults(),
         ray_address="head:6379",
+        is_submitted=True,
     )
 
 
@@ -78,11 +79,14 @@ def test_every_option_arrives_at_the_driver() -> None:
         max_failure_rate=0.0,
         defaults=RowDefaults(max_tokens=8, temperature=0.1, seed=7),
         ray_address="auto",
+        is_submitted=True,
     )
     assert options == expected
     line = job_line(options)
     assert line.count(b"\n") == 1
     assert read_job(line) == expected
+    # `batch resume` on its folder has no way into the service's Ray.
+    assert BatchOptions.of(options.document(), ACCESS, None).ray_address is None
 
 
 def test_an_error_arrives_as_what_it_was() -> None:
