@@ -74,7 +74,9 @@ class Served:
         watch.start()
         self.ready = self._process.stdout.readline().strip()
         watch.cancel()
-        assert self.ready.startswith("ready grpc="), "".join(self.errors)
+        if not self.ready.startswith("ready grpc="):
+            self.close()
+            raise AssertionError("".join(self.errors))
         self.note_processes()
         return self
 
@@ -84,12 +86,17 @@ class Served:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the service if it runs, and wait for it."""
         if self._process.poll() is None:
             self.signal(signal.SIGTERM)
             try:
                 self._process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
+                self._process.wait()
                 raise
         self._reader.join(STOP_TIMEOUT_S)
         for pipe in (self._process.stdout, self._process.stderr):

@@ -8,12 +8,14 @@ from pathlib import Path
 import grpc
 import pytest
 
+from cluster.status import ask_status
 from protos.client import Client, ClientConfig
 from protos.errors import UnauthenticatedError, UnreachableError
 from protos.tls import Access, ClientTls
 from protos.v1 import experts_pb2, experts_pb2_grpc
 from tests.certificates import SERVER_ONLY, Authority
 from tests.integration.served import Served, run_cli
+from tests.ports import free_port
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -35,10 +37,12 @@ def test_a_service_with_tls_and_keys_everywhere(checkpoint: Path, tmp_path: Path
     port = ports.issue("port", names=("127.0.0.1", "mesh.test"), usages=SERVER_ONLY)
     client = clients.issue("client")
     member = members.issue("member", names=("member.test",))
+    status_port = free_port()
     keys = tmp_path / "keys"
     keys.write_text(f"{OTHER_KEY}\n")
     flags = (
         *("--expert-groups", "2", "--routers", "2", "--no-state"),
+        *("--status-port", str(status_port)),
         *("--ssl-keyfile", str(port.keyfile), "--ssl-certfile", str(port.certfile)),
         *("--ssl-ca-certs", str(clients.certfile), "--api-key-file", str(keys)),
         *("--cluster-ssl-keyfile", str(member.keyfile)),
@@ -72,6 +76,15 @@ def test_a_service_with_tls_and_keys_everywhere(checkpoint: Path, tmp_path: Path
         assert [router["state"] for router in status["routers"]] == ["READY", "READY"]
         assert [group["state"] for group in status["groups"]] == ["READY", "READY"]
         assert {group["transport"] for group in status["groups"]} == {"lane-unix"}
+        front = f"127.0.0.1:{status_port}"
+        told = run_cli("status", "--url", front, "--json", env=environment)
+        assert told.returncode == 0, told.stderr
+        assert [router["state"] for router in json.loads(told.stdout)["routers"]] == ["READY"] * 2
+        for stranger in (None, ClientTls.from_files(ports.certfile)):
+            with pytest.raises(UnreachableError):
+                ask_status(front, Access(tls=stranger, api_key=KEY))
+        with pytest.raises(UnauthenticatedError):
+            ask_status(front, Access(tls=tls, api_key="sk-third"))
         refused = run_cli("status", "--url", address, env={**environment, "EXPERTMESH_API_KEY": ""})
         assert "not authenticated" in refused.stderr
         assert refused.returncode != 0

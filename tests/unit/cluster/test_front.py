@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from concurrent import futures
+from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -12,15 +13,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import Config, load_config
 from cluster.front import StatusPort
+from cluster.security import load_security
 from cluster.status import ask_status, print_status
-from protos.errors import ConfigurationError, NotReadyError, UnauthenticatedError
-from protos.tls import Access
+from protos.errors import (
+    ConfigurationError,
+    NotReadyError,
+    UnauthenticatedError,
+    UnreachableError,
+)
+from protos.tls import Access, ClientTls
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+from tests.certificates import Authority
+from tests.ports import free_port
 
 
 def config_of(port: int | None, **settings: object) -> Config:
@@ -36,9 +40,9 @@ def port() -> Iterator[StatusPort]:
     opened.close()
 
 
-@pytest.fixture
-def router() -> Iterator[str]:
-    """A server that answers as a router does."""
+@contextmanager
+def answering_router(credentials: grpc.ServerCredentials | None = None) -> Iterator[str]:
+    """A server that answers as a router does, at an address of its own."""
 
     class Router(cluster_pb2_grpc.ClusterServiceServicer):
         def GetStatus(self, request: object, context: object) -> cluster_pb2.ClusterStatus:
@@ -46,14 +50,23 @@ def router() -> Iterator[str]:
 
     server = grpc.server(futures.ThreadPoolExecutor(1))
     cluster_pb2_grpc.add_ClusterServiceServicer_to_server(Router(), server)
-    number = server.add_insecure_port("127.0.0.1:0")
+    if credentials is None:
+        number = server.add_insecure_port("127.0.0.1:0")
+    else:
+        number = server.add_secure_port("127.0.0.1:0", credentials)
     server.start()
     yield f"127.0.0.1:{number}"
     server.stop(0).wait()
 
 
-def health(address: str) -> int:
-    with Access().channel(address) as channel:
+@pytest.fixture
+def router() -> Iterator[str]:
+    with answering_router() as address:
+        yield address
+
+
+def health(address: str, access: Access | None = None) -> int:
+    with (access or Access()).channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         return int(stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status)
 
@@ -97,6 +110,45 @@ def test_it_asks_for_the_keys_of_the_routers() -> None:
         assert ask_status(keyed.address, Access(api_key="sesame-street-1")).state == "STARTING"
     finally:
         keyed.close()
+
+
+def test_it_shows_and_asks_for_the_certificates_of_the_routers(tmp_path: Path) -> None:
+    """Routers behind TLS show the port's own certificate, which names another host than theirs."""
+    ports, clients = Authority(tmp_path, "ports"), Authority(tmp_path, "clients")
+    issued = ports.issue("port", names=("mesh.test",))
+    client = clients.issue("client")
+    config = config_of(
+        free_port(),
+        **{
+            "router.ssl_keyfile": str(issued.keyfile),
+            "router.ssl_certfile": str(issued.certfile),
+            "router.ssl_ca_certs": str(clients.certfile),
+            "router.api_keys": ("sesame-street-1",),
+        },
+    )
+    identity = load_security(config).port
+    assert identity is not None
+    trusting = ClientTls.from_files(
+        ports.certfile, client.certfile, client.keyfile, server_name="mesh.test"
+    )
+    access = Access(tls=trusting, api_key="sesame-street-1")
+    unknown = ClientTls.from_files(ports.certfile, server_name="mesh.test")
+    port = StatusPort(config)
+    port.open()
+    try:
+        assert ask_status(port.address, access).state == "STARTING"
+        for refused in (Access(), Access(tls=unknown), Access(tls=ClientTls())):
+            with pytest.raises(UnreachableError):
+                ask_status(port.address, refused)
+        with pytest.raises(UnauthenticatedError):
+            ask_status(port.address, Access(tls=trusting))
+        assert health(port.address, access) == health_pb2.HealthCheckResponse.NOT_SERVING
+        with answering_router(identity.server.credentials()) as router:
+            port.ready((router,))
+            assert ask_status(port.address, access).placement_epoch == 7
+        assert health(port.address, access) == health_pb2.HealthCheckResponse.SERVING
+    finally:
+        port.close()
 
 
 def test_a_taken_port_is_an_error_that_names_it(port: StatusPort) -> None:

@@ -19,6 +19,7 @@ from protos.v1 import generation_pb2
 from router.state.embedded import EmbeddedServer, Role
 from router.state.endpoint import Endpoint
 from tests.eventually import eventually
+from tests.ports import free_port
 from tests.unit.router.gateway_service import PROMPT, TEXT, GatewayService
 from tests.unit.router.hash_script import HashScript
 from tests.unit.router.session_service import (
@@ -31,7 +32,7 @@ from tests.unit.router.session_service import (
     turn_request,
 )
 from tests.unit.state.proxy import Proxy
-from tests.unit.state.test_session_faults import HOST, free_port, in_step
+from tests.unit.state.test_session_faults import HOST, in_step
 from tests.unit.state.turns import redis_of
 
 DRAWN: dict[str, Any] = {"temperature": 0.8, "max_tokens": 12, "ignore_eos": True}

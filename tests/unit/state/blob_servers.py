@@ -25,6 +25,7 @@ from router.state.kv_store import KvStore
 from router.state.restore import ValueSizes
 from router.state.tier import BlobTier, TierSettings
 from tests.eventually import eventually
+from tests.ports import free_port
 
 T = TypeVar("T")
 
@@ -67,13 +68,6 @@ class BlobServer:
             bulk._send([b"*%d\r\n" % len(words)])
             bulk._send([b"$%d\r\n%s\r\n" % (len(word), word) for word in words])
             return bulk._line()
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

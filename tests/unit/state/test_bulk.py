@@ -19,7 +19,8 @@ from router.state.bulk import (
 )
 from router.state.endpoint import Endpoint
 from tests.certificates import Authority
-from tests.unit.state.blob_servers import KINDS, BlobServer, Proxy, blob_server, free_port
+from tests.ports import free_port
+from tests.unit.state.blob_servers import KINDS, BlobServer, Proxy, blob_server
 
 BIG = bytes(range(256)) * (5 << 12)  # 5 MiB
 

@@ -17,9 +17,10 @@ from router.state.endpoint import Endpoint
 from router.state.session_records import Engine
 from router.state.sessions import SessionStore
 from tests.certificates import Authority
+from tests.ports import free_port
 from tests.unit.state.conftest import StartServer
 from tests.unit.state.proxy import Proxy
-from tests.unit.state.test_session_faults import HOST, free_port
+from tests.unit.state.test_session_faults import HOST
 from tests.unit.state.turns import add_turn, commit, opening
 
 SECRET = "s3cret/@:#"

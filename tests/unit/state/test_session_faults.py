@@ -9,7 +9,6 @@ import asyncio
 import os
 import random
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from router.state.endpoint import Endpoint
 from router.state.redis_keys import session_keys
 from router.state.sessions import SessionStore
 from tests.eventually import eventually
+from tests.ports import free_port
 from tests.unit.state.conftest import StartServer, StoreMaker
 from tests.unit.state.proxy import Proxy
 from tests.unit.state.test_leases import Clock
@@ -86,13 +86,6 @@ async def assert_recovers(watched: Watched) -> None:
     await watched.store.ping()
     assert watched.attempts == 1
     assert watched.breaker.state is BreakerState.CLOSED
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 # Refused, frozen
