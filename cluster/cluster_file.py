@@ -24,6 +24,7 @@ from protos.errors import ConfigurationError, InternalError, Violation
 TOKEN_MOUNT = "~/.ray/auth_token"
 SERVICE_START = "expertmesh service start -- "
 LOCAL = "local"
+DEFAULT_TOKEN = "~/.expertmesh/ray_token"
 FIELD = "cluster file"
 PLACEHOLDERS = ("-...", "/...", "FILE_SYSTEM:", "FILESTORE:")
 """What the files of `infra/ray` hold where only the user knows."""
@@ -52,6 +53,12 @@ class ClusterFile:
     def machines(self) -> tuple[str, ...]:
         """The machines that are known beforehand, the head first."""
         return (self.head_ip, *self.worker_ips) if self.head_ip else ()
+
+    @property
+    def known_hosts(self) -> Path:
+        """Host keys that the machines of this cluster showed first, beside the secret."""
+        token = self.token or Path(DEFAULT_TOKEN).expanduser()
+        return token.with_name("known_hosts")
 
     def flag(self, name: str) -> str | None:
         """Return the value of a flag of `serve`, or None where it is not given."""

@@ -1,19 +1,18 @@
 """`expertmesh doctor FILE`: the machines of a cluster file, the secret, the store and the service.
 
 One script goes to every machine over ssh and answers with one JSON object; `judge` is pure and
-turns the answers into findings. Nothing is changed anywhere. A cloud's machines do not exist before
-`up`, so there only this machine's side is looked at.
+turns the answers into findings. Nothing is changed on any machine; the host key that one shows
+first is remembered here (`cluster.remote`). A cloud's machines do not exist before `up`, so there
+only this machine's side is looked at.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import platform
 import shlex
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from urllib.parse import urlsplit
 from cluster.cluster_file import LOCAL, TOKEN_MOUNT, ClusterFile
 from cluster.doctor import FAIL, MIN_SHM_BYTES, OK, WARN, Check
 from cluster.kv_budget import format_bytes
-from cluster.remote import Answer, Machine, ask_all
+from cluster.remote import Answer, Machine, ask_all, is_open
 from cluster.status import ask_status
 from protos.errors import ExpertMeshError
 from protos.tls import Access
@@ -122,7 +121,7 @@ def judge(address: str, answer: Answer, expected: Expected) -> list[Check]:
         found: dict[str, Any] = json.loads(answer.output.strip().splitlines()[-1])
     except (ValueError, IndexError):
         why = answer.error or "no answer"
-        return [Check(f"{address} ssh", FAIL, why, remedy)]
+        return [Check(f"{address} ssh", FAIL, why, answer.remedy or remedy)]
     checks = [Check(f"{address} ssh", OK, "answers")]
 
     def add(name: str, state: str, detail: str, remedy: str = "") -> None:
@@ -201,18 +200,11 @@ def _check_service(file: ClusterFile, access: Access) -> Check:
         status = ask_status(address, access)
     except ExpertMeshError as error:
         return Check("service", WARN, f"{address}: {error}", "`expertmesh up`, or read its log")
-    closed = [router.grpc_address for router in status.routers if not _is_open(router.grpc_address)]
+    closed = [router.grpc_address for router in status.routers if not is_open(router.grpc_address)]
     if closed:
         remedy = "open the routers' ports to this machine"
         return Check("service", FAIL, f"no way to {', '.join(closed)}", remedy)
     return Check("service", OK, f"{address} {status.state}, {len(status.routers)} routers")
-
-
-def _is_open(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 3):
-        return True
-    return False
 
 
 def _redis_address(file: ClusterFile) -> str | None:

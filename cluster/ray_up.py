@@ -19,15 +19,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import grpc
-
 from cluster.cluster_file import LOCAL, ClusterFile
-from cluster.remote import Machine, ask_all
+from cluster.remote import Machine, ask_all, checking_ssh, is_open
 from cluster.status import ask_status
 from protos.errors import (
     ConfigurationError,
     DeadlineExceededError,
     ExpertMeshError,
+    NotReadyError,
+    UnauthenticatedError,
     UnreachableError,
 )
 from protos.tls import Access
@@ -66,16 +66,18 @@ def up(
 
     Raises:
         ConfigurationError: A machine lacks something.
-        UnreachableError: A machine cannot be reached, or `ray up` failed.
+        UnreachableError: A machine cannot be reached, a service runs that `access` does not reach,
+            or `ray up` failed.
+        UnauthenticatedError: A service runs that wants another API key.
         DeadlineExceededError: Not ready after `wait_s`.
     """
     check_machines(file)
     flags = ["-y", "--no-config-cache"]
     address = status_address(file) if file.head_ip else None
-    if address is not None and not restart and _status(address, access) is not None:
+    if address is not None and not restart and _is_running(address, access):
         progress("the service runs and goes on; --restart would start it anew")
         flags.append("--no-restart")
-    _run_ray(["up", *flags, str(file.path)], progress)
+    _run_ray(file, ["up", *flags], progress)
     address = status_address(file)
     if address is None or not wait_s:
         return None
@@ -89,7 +91,7 @@ def down(file: ClusterFile, progress: Progress) -> None:
         UnreachableError: `ray down` failed, or a machine does not answer.
         DeadlineExceededError: Something still runs on a machine after `DOWN_TIMEOUT_S`.
     """
-    _run_ray(["down", "-y", str(file.path)], progress)
+    _run_ray(file, ["down", "-y"], progress)
     if file.provider != LOCAL or file.is_docker:
         return
     machines = [Machine.of(file, address) for address in file.machines]
@@ -124,7 +126,8 @@ def check_machines(file: ClusterFile) -> None:
     lacking = []
     for address, answer in ask_all([Machine.of(file, a) for a in file.machines], command).items():
         if answer.code:
-            raise UnreachableError(f"ssh {file.ssh_user}@{address}: {answer.error}")
+            why = f"{answer.error}; {answer.remedy}" if answer.remedy else answer.error
+            raise UnreachableError(f"ssh {file.ssh_user}@{address}: {why}")
         lacking += [f"{address}: {line}" for line in answer.output.splitlines()]
     if lacking:
         raise ConfigurationError(
@@ -155,13 +158,20 @@ def wait_ready(
     """Show the service's progress until it is ready.
 
     Raises:
-        DeadlineExceededError: Not within `wait_s`.
+        UnauthenticatedError: It wants another API key.
+        DeadlineExceededError: Not within `wait_s`; says what came instead.
     """
     deadline = time.monotonic() + wait_s
     told = 0
     while True:
-        status = _status(address, access)
-        if status is not None:
+        said = "it loads"
+        try:
+            status = ask_status(address, access)
+        except UnauthenticatedError:
+            raise
+        except ExpertMeshError as error:
+            said = str(error)
+        else:
             if status.state == READY:
                 return status
             told = told if told <= len(status.progress) else 0  # it was started again
@@ -169,37 +179,62 @@ def wait_ready(
                 progress(sentence)
             told = len(status.progress)
         if time.monotonic() > deadline:
-            raise DeadlineExceededError(
-                f"the service at {address}, see ~/.expertmesh/service.log there", wait_s
-            )
+            log = "~/.expertmesh/service.log there"
+            raise DeadlineExceededError(f"the service at {address} ({said}), see {log}", wait_s)
         time.sleep(LOOK_S)
 
 
-def _status(address: str, access: Access) -> cluster_pb2.ClusterStatus | None:
-    with contextlib.suppress(ExpertMeshError, grpc.RpcError):
-        return ask_status(address, access)
-    return None
+def _is_running(address: str, access: Access) -> bool:
+    """Return whether a service runs; where that is not clear, nothing may be started anew.
+
+    Raises:
+        UnauthenticatedError: It wants another API key.
+        UnreachableError: Something is there, and does not speak to us: certificates, most likely.
+    """
+    try:
+        ask_status(address, access)
+    except UnauthenticatedError:
+        raise
+    except NotReadyError:
+        return True  # its routers are being started again
+    except ExpertMeshError as error:
+        if is_open(address):
+            raise UnreachableError(
+                f"{address} is open and does not answer ({error}): give --tls-ca and its like,"
+                " or --restart to start what runs there anew"
+            ) from error
+        return False
+    return True
 
 
 def _ray() -> str:
     return str(Path(sys.executable).with_name("ray"))
 
 
-def _run_ray(arguments: list[str], progress: Progress) -> None:
-    """Run Ray's command, one sentence a phase.
+def _run_ray(file: ClusterFile, arguments: list[str], progress: Progress) -> None:
+    """Run Ray's command on a cluster file, one sentence a phase.
+
+    Its ssh looks at the host keys of machines that are known; a cloud's are new each time.
 
     Raises:
         UnreachableError: It failed; with the end of what it printed.
     """
+    arguments = [*arguments, str(file.path)]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    with subprocess.Popen(
-        [_ray(), *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    ) as process:
+    with contextlib.ExitStack() as stack:
+        if file.provider == LOCAL:
+            ssh = stack.enter_context(checking_ssh(file.known_hosts))
+            environment["PATH"] = f"{ssh}{os.pathsep}{environment.get('PATH', os.defpath)}"
+        process = stack.enter_context(
+            subprocess.Popen(
+                [_ray(), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+            )
+        )
         assert process.stdout is not None
         lines = []
         for line in process.stdout:

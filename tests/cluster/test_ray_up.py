@@ -6,12 +6,14 @@ store and the service are real. The tests follow the life of one cluster, in the
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from cluster.remote import checking_ssh
 from protos.client import Client
 from protos.v1 import cluster_pb2
 from tests.cluster.launched import Launched
@@ -106,6 +108,35 @@ def test_a_session_goes_on_at_a_router_on_another_host(
     second = ask(routers[1], PROMPTS[1], session)
     history = [*PROMPTS[0], *first, *PROMPTS[1]]
     assert second == greedy(launched.checkpoint, history, NEW_TOKENS)
+
+
+def test_a_machine_that_shows_another_host_key_is_refused(launched: Launched) -> None:
+    known_hosts = launched.folder / "known_hosts"
+    first = launched.expertmesh("up", "--check")
+    assert first.returncode == 0, first.stderr
+    met = known_hosts.read_text()
+    assert met.count(" ssh-ed25519 ") == len(launched.machines), "by name or hashed, as ssh is set"
+    own = launched.hosts.key.with_suffix(".pub").read_text()
+    known_hosts.write_text(f"{launched.head.address} {own}")
+    try:
+        refused = launched.expertmesh("up", "--check")
+        assert refused.returncode == 4, refused.stderr
+        assert f"another host key than {known_hosts}" in " ".join(refused.stderr.split())
+        with checking_ssh(known_hosts) as folder:
+            as_ray = subprocess.run(
+                [
+                    *(folder / "ssh", "-i", launched.hosts.key, "-o", "StrictHostKeyChecking=no"),
+                    *("-o", "UserKnownHostsFile=/dev/null", f"root@{launched.head.address}"),
+                    "true",
+                ],
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+        assert as_ray.returncode == 255
+        assert "Host key verification failed" in as_ray.stderr
+    finally:
+        known_hosts.write_text(met)
 
 
 def test_one_more_host_joins_while_requests_are_answered(

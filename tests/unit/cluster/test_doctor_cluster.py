@@ -83,6 +83,11 @@ def test_a_clock_is_not_blamed_for_a_slow_answer() -> None:
     assert findings(replace(EXPECTED, started_s=900.0, ended_s=1100.0), time_s=1099.0) == {}
 
 
+def test_a_remedy_that_is_known_is_told() -> None:
+    (check,) = judge("h2", Answer(255, "", "another host key", "ssh-keygen -R h2"), EXPECTED)
+    assert (check.state, check.remedy) == ("fail", "ssh-keygen -R h2")
+
+
 def test_no_ssh_is_one_failure() -> None:
     checks = judge("h2", Answer(255, "", "Connection refused"), EXPECTED)
     assert [(c.name, c.state, c.detail) for c in checks] == [

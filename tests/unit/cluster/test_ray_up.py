@@ -1,0 +1,71 @@
+"""When `expertmesh up` starts nothing: what runs there is not to be ended by a missing flag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster.cluster_file import ClusterFile
+from cluster.front import StatusPort
+from cluster.ray_up import up, wait_ready
+from protos.errors import DeadlineExceededError, UnauthenticatedError, UnreachableError
+from protos.tls import Access
+from tests.certificates import Authority
+from tests.ports import free_port
+from tests.unit.cluster.test_front import config_of
+
+
+@contextmanager
+def status_port(**settings: object) -> Iterator[StatusPort]:
+    port = StatusPort(config_of(free_port(), **settings))
+    port.open()
+    try:
+        yield port
+    finally:
+        port.close()
+
+
+def start(address: str, access: Access, folder: Path) -> None:
+    """Run `up` where the head answers at `address`; with Ray it would fail in another way."""
+    host, _, port = address.rpartition(":")
+    file = ClusterFile(
+        path=folder / "no such file.yaml",
+        name="c",
+        provider="aws",
+        head_ip=host,
+        worker_ips=(),
+        ssh_user="root",
+        ssh_key=None,
+        is_docker=False,
+        token=None,
+        checkpoint="/m",
+        serve_flags=("--status-port", port),
+    )
+    up(file, access, lambda sentence: None, restart=False, wait_s=0)
+
+
+def test_a_service_that_wants_another_key_is_not_started_anew(tmp_path: Path) -> None:
+    with status_port(**{"router.api_keys": ("sesame-street-1",)}) as port:
+        with pytest.raises(UnauthenticatedError, match="API_KEY"):
+            start(port.address, Access(), tmp_path)
+        with pytest.raises(UnauthenticatedError, match="API_KEY"):
+            wait_ready(port.address, Access(), lambda sentence: None, 60.0)
+
+
+def test_a_service_behind_tls_is_not_started_anew(tmp_path: Path) -> None:
+    issued = Authority(tmp_path).issue("port")
+    files = {"router.ssl_keyfile": issued.keyfile, "router.ssl_certfile": issued.certfile}
+    with (
+        status_port(**{name: str(path) for name, path in files.items()}) as port,
+        pytest.raises(UnreachableError, match="is open and does not answer"),
+    ):
+        start(port.address, Access(), tmp_path)
+
+
+def test_what_came_instead_of_a_service_is_told() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(DeadlineExceededError, match=rf"{address} \(not reachable"):
+        wait_ready(address, Access(), lambda sentence: None, 0.0)
