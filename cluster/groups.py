@@ -6,7 +6,7 @@
 
 What a group holds is not decided here (`cluster.controller`); here is only that a process which
 ended holds nothing any more. Nothing here blocks: the owner waits for the references and says which
-one finished. The rules of the backoff are those of the routers.
+one finished. When a process starts again, and when it is given up: `cluster.restarts`.
 
 A group that never came up within `start_timeout_s` is ended and forgotten; `trouble` says why.
 """
@@ -22,7 +22,8 @@ from typing import Any, Protocol
 
 from cluster.controller import GroupPhase, GroupView
 from cluster.members import GroupMember, ProcessFacts
-from cluster.routers import FIRST_BACKOFF_S, MAX_QUICK_DEATHS, QUICK_S, Calls, backoff_s
+from cluster.restarts import FIRST_BACKOFF_S, Restarts, next_step
+from cluster.routers import Calls
 from protos.errors import DeadlineExceededError, ExpertMeshError, GroupLostError
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,7 @@ class Group:
     pending: Any = None
     """The reference that ends the phase."""
     was_up: bool = False
-    up_since: float = 0.0
-    quick_deaths: int = 0
+    restarts: Restarts = field(default_factory=Restarts)
     retry_at: float = 0.0
     deadline: float = float("inf")
     """By when its process must run."""
@@ -103,7 +103,7 @@ class Group:
             joined=self.joined,
             trimmed=self.trimmed,
             busy=self.work is not None,
-            since=self.up_since,
+            since=self.restarts.up_since_s or 0.0,
         )
 
     def member(self) -> GroupMember:
@@ -212,7 +212,8 @@ class Groups:
                 group.phase, group.retry_at = Phase.WAITING, now + FIRST_BACKOFF_S
 
     def _enter_up(self, group: Group) -> None:
-        group.phase, group.up_since, group.deadline = Phase.UP, self.clock(), float("inf")
+        group.phase, group.deadline = Phase.UP, float("inf")
+        group.restarts.is_up(self.clock())
         group.was_up = True
         group.pending = group.actor.call(Phase.UP.value)
 
@@ -226,21 +227,14 @@ class Groups:
             self.progress(self.trouble)
             self._forget(group)
             return
-        if was_running and self.clock() - group.up_since >= QUICK_S:
-            group.quick_deaths = 0
-        else:
-            group.quick_deaths += 1
         log.warning("group_died group=%s phase=%s", group.group_id, group.phase.name)
         what = "died" if was_running else "did not come back"
-        if group.quick_deaths >= MAX_QUICK_DEATHS:
+        delay_s = group.restarts.died(self.clock())
+        if delay_s is None:
             group.phase = Phase.GIVEN_UP
-            next_step = f"{MAX_QUICK_DEATHS} times in a row; it is given up"
         else:
-            group.phase = Phase.WAITING
-            delay_s = backoff_s(group.quick_deaths)
-            group.retry_at = self.clock() + delay_s
-            next_step = f"it starts again {f'in {delay_s:g} s' if delay_s else 'now'}"
-        self.progress(f"{group.group_id} {what} ({error.message}); {next_step}")
+            group.phase, group.retry_at = Phase.WAITING, self.clock() + delay_s
+        self.progress(f"{group.group_id} {what} ({error.message}); {next_step(delay_s)}")
 
     def _end_process(self, group: Group) -> None:
         group.pending = group.work = None

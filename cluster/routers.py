@@ -12,8 +12,8 @@ are added, one call at a time, while the others serve. Nothing here blocks: the 
 references and says which one finished. A router comes back at its old address, so that clients find
 it again.
 
-Bounds: the first restart is at once, then after 1, 2, 4, 8 s; a router that `MAX_QUICK_DEATHS`
-times in a row did not stay up for `QUICK_S` is given up. The service ends when none is left.
+When it starts again, and when it is given up: `cluster.restarts`. The service ends when no router
+is left.
 """
 
 from __future__ import annotations
@@ -26,13 +26,10 @@ from enum import Enum
 from typing import Any, Protocol
 
 from cluster.members import ProcessFacts, RouterReady
+from cluster.restarts import Restarts, next_step
 from protos.errors import DeadlineExceededError, ExpertMeshError, RouterLostError
 
 log = logging.getLogger(__name__)
-
-QUICK_S = 5.0
-MAX_QUICK_DEATHS = 5
-FIRST_BACKOFF_S = 1.0
 
 
 class Phase(Enum):
@@ -124,8 +121,7 @@ class Router:
     pending: Any = None
     """The reference that ends the phase."""
     was_up: bool = False
-    up_since: float = 0.0
-    quick_deaths: int = 0
+    restarts: Restarts = field(default_factory=Restarts)
     retry_at: float = 0.0
     deadline: float = float("inf")
     """By when it must be up again."""
@@ -272,7 +268,8 @@ class Routers:
         self.recipe.routers_changed()
 
     def _enter_up(self, router: Router) -> None:
-        router.phase, router.up_since, router.deadline = Phase.UP, self.clock(), float("inf")
+        router.phase, router.deadline = Phase.UP, float("inf")
+        router.restarts.is_up(self.clock())
         router.pending = router.actor.call(Phase.UP.value)
 
     def _died(self, router: Router, error: ExpertMeshError) -> None:
@@ -281,21 +278,14 @@ class Routers:
         self._end_process(router)
         if was_up:
             self.recipe.router_died(router)
-        if was_up and self.clock() - router.up_since >= QUICK_S:
-            router.quick_deaths = 0
-        else:
-            router.quick_deaths += 1
         log.warning("router_died router=%s phase=%s", router.router_id, router.phase.name)
         what = "died" if was_up else "did not come back"
-        if router.quick_deaths >= MAX_QUICK_DEATHS:
+        delay_s = router.restarts.died(self.clock())
+        if delay_s is None:
             router.phase = Phase.GIVEN_UP
-            next_step = f"{MAX_QUICK_DEATHS} times in a row; it is given up"
         else:
-            router.phase = Phase.WAITING
-            delay_s = backoff_s(router.quick_deaths)
-            router.retry_at = self.clock() + delay_s
-            next_step = f"it starts again {f'in {delay_s:g} s' if delay_s else 'now'}"
-        self.progress(f"{router.router_id} {what} ({error.message}); {next_step}")
+            router.phase, router.retry_at = Phase.WAITING, self.clock() + delay_s
+        self.progress(f"{router.router_id} {what} ({error.message}); {next_step(delay_s)}")
 
     def _end_process(self, router: Router) -> None:
         router.pending, router.deadline = None, float("inf")
@@ -304,8 +294,3 @@ class Routers:
         if router.actor is not None:
             self.calls.kill(router.actor)
             router.actor = None
-
-
-def backoff_s(quick_deaths: int) -> float:
-    """Return the seconds before the next start, after so many quick deaths in a row."""
-    return 0.0 if quick_deaths <= 1 else FIRST_BACKOFF_S * 2.0 ** (quick_deaths - 2)

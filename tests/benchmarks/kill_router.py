@@ -33,7 +33,7 @@ from protos.v1 import cluster_pb2, generation_pb2
 from tests.benchmarks.harness import percentile, prompts, report, served, vocab_size_of
 
 STEADY_S = 5.5
-"""A router that dies earlier after its start counts as crashing (`cluster.routers.QUICK_S`)."""
+"""A router that dies earlier after its start counts as crashing (`cluster.restarts.QUICK_S`)."""
 NO_PAUSE_S = 0.02
 PATIENCE = ClientConfig(resume_timeout_s=60.0)
 

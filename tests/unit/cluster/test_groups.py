@@ -10,7 +10,7 @@ import pytest
 from cluster.controller import GroupPhase
 from cluster.groups import Groups, Phase
 from cluster.members import ProcessFacts
-from cluster.routers import FIRST_BACKOFF_S, MAX_QUICK_DEATHS, QUICK_S, backoff_s
+from cluster.restarts import FIRST_BACKOFF_S, MAX_QUICK_DEATHS, QUICK_S, backoff_s
 from protos.errors import (
     CheckpointError,
     ConfigurationError,

@@ -10,14 +10,11 @@ import pytest
 from cluster.controller import Target
 from cluster.groups import Groups
 from cluster.members import ProcessFacts, RouterReady
+from cluster.restarts import FIRST_BACKOFF_S, MAX_QUICK_DEATHS, QUICK_S, backoff_s
 from cluster.routers import (
-    FIRST_BACKOFF_S,
-    MAX_QUICK_DEATHS,
-    QUICK_S,
     Phase,
     Router,
     Routers,
-    backoff_s,
 )
 from cluster.scaling import Scaling
 from protos.errors import ConfigurationError, ExpertMeshError, RouterLostError
@@ -218,7 +215,7 @@ def test_a_start_that_fails_counts_as_a_quick_death(
         routers.finished("router-0")
     world.errors[phase.value] = ConfigurationError("port", "must be free", 50051)
     routers.finished("router-0")
-    assert routers.all["router-0"].quick_deaths == 1
+    assert routers.all["router-0"].restarts.quick_deaths == 1
     assert "router-0 did not come back" in world.said[-1]
     assert "must be free" in world.said[-1]
     assert world.killed == ["router-0", "router-0"]
