@@ -21,6 +21,7 @@ import random
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.benchmarks.harness import report, served
@@ -31,7 +32,7 @@ MAX_TOKENS = 24
 
 
 def kill_and_resume(
-    file: Path, output: Path, address: str, flags: tuple[str, ...], num_kills: int, seed: int
+    file: Path, output: Path, address: str, flags: Sequence[str], num_kills: int, seed: int
 ) -> Counter[str]:
     """Run a batch to its end through so many kills; returns who was killed how often."""
     rng = random.Random(seed)
@@ -72,8 +73,8 @@ def main() -> None:
     arguments = parser.parse_args()
     num_rows = arguments.rows
     poison = sorted(random.Random(arguments.seed).sample(range(num_rows), max(1, num_rows // 100)))
-    flags = ("--part-rows", str(arguments.part_rows), "--clients", "1")
-    flags += ("--concurrency", str(arguments.concurrency))
+    flags = ["--part-rows", str(arguments.part_rows), "--clients", "1"]
+    flags += ["--concurrency", str(arguments.concurrency)]
     options = ("--expert-groups", "2", "--routers", "2", "--dtype", "float32")
     with (
         tempfile.TemporaryDirectory(prefix="batch-") as folder,

@@ -22,6 +22,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -53,7 +54,7 @@ async def bare_rate(address: str, rows: list[list[int]], num_new: int, concurren
             return sum([len(message.token_ids) async for message in stream])
 
     async with grpc.aio.insecure_channel(address) as channel:
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
         started = time.perf_counter()
         counts = await asyncio.gather(*(one(stub, prompt) for prompt in rows))
         return sum(counts) / (time.perf_counter() - started)
@@ -69,9 +70,7 @@ def write_rows(file: Path, rows: list[list[int]], num_new: int) -> None:
     file.write_text("\n".join(lines) + "\n")
 
 
-def batch_rate(
-    file: Path, output: Path, address: str, flags: tuple[str, ...]
-) -> tuple[float, float]:
+def batch_rate(file: Path, output: Path, address: str, flags: Sequence[str]) -> tuple[float, float]:
     """Run the batch; returns generated tokens a second, and the seconds before its first row."""
     started = time.time()
     with BatchRun(file, output, address, *flags) as run:
@@ -96,8 +95,8 @@ def main() -> None:
     parser.add_argument("--serve-argument", action="append", default=[])
     arguments = parser.parse_args()
     num_new, concurrency = arguments.new, arguments.concurrency
-    flags = ("--clients", "1", "--concurrency", str(concurrency))
-    flags += ("--part-rows", str(arguments.part_rows))
+    flags = ["--clients", "1", "--concurrency", str(concurrency)]
+    flags += ["--part-rows", str(arguments.part_rows)]
     bare, batch, starts = Samples(), Samples(), []
     with (
         tempfile.TemporaryDirectory(prefix="batch-") as folder,

@@ -50,7 +50,7 @@ class Canceller:
 
     def __init__(self, address: str, vocab_size: int, longest_s: float, seed: int) -> None:
         self._channel = grpc.aio.insecure_channel(address)
-        self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._vocab_size = vocab_size
         self._longest_s = longest_s
         self._rng = random.Random(seed)
@@ -91,7 +91,13 @@ class Canceller:
         reason = await reader
         self.moments[f"{way}: {phase[0]}, {reason}"] += 1
 
-    async def _read(self, call: grpc.aio.UnaryStreamCall, phase: list[str]) -> str:
+    async def _read(
+        self,
+        call: grpc.aio.UnaryStreamCall[
+            generation_pb2.GenerateRequest, generation_pb2.GenerateResponse
+        ],
+        phase: list[str],
+    ) -> str:
         """Read to the end; returns how it ended."""
         reason = "ended without a reason"
         try:
@@ -136,7 +142,7 @@ def group_state(cluster: ServedCluster) -> dict[str, int]:
     totals = {"open_lanes": 0, "open_streams": 0, "num_calls": 0}
     for group in cluster.status().groups:
         with grpc.insecure_channel(group.grpc_address) as channel:
-            stub = experts_pb2_grpc.ExpertServiceStub(channel)  # type: ignore[no-untyped-call]
+            stub = experts_pb2_grpc.ExpertServiceStub(channel)
             state = stub.GetState(experts_pb2.GetStateRequest(), timeout=10)
         for name in totals:
             totals[name] += getattr(state, name)

@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,13 +76,13 @@ def echo_messages(dispatcher: ExpertDispatcher, num_rows: int, hidden: int) -> l
     try:
         one_call(dispatcher, num_rows, hidden)
     finally:
-        del dispatcher.combine  # type: ignore[method-assign]
+        del dispatcher.combine
     return [message(*size) for size in sizes]
 
 
 def measure(
     sides: dict[str, Callable[[], None]], repeats: int, calls: int
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, Any]]:
     """Time blocks of calls in turn; returns microseconds per call of each side."""
     samples = {name: Samples() for name in sides}
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -104,7 +105,7 @@ def measure(
 
 def measure_groups(
     num_groups: int, pool: GroupPool, echoes: EchoServers, arguments: argparse.Namespace
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, Any]]:
     """Measure every number of rows with `num_groups` groups."""
     placement = plan_placement(1, NUM_EXPERTS, {f"group-{i}": 1.0 for i in range(num_groups)})
     addresses = pool.serve_runtimes(placement, make_prepared_runtime, arguments.hidden)
@@ -114,7 +115,7 @@ def measure_groups(
     dispatchers = {
         name: groups.connect(dtype=torch.bfloat16, transport=name) for name in ("grpc", "lane")
     }
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for num_rows in arguments.rows:
         messages = echo_messages(dispatchers["lane"], num_rows, arguments.hidden)
         sides = {
@@ -128,7 +129,7 @@ def measure_groups(
             measure(sides, arguments.repeats, calls)
         )
         for name in dispatchers:
-            ours, bare = (result[side]["median"] for side in (name, f"{name} echo"))  # type: ignore[index]
+            ours, bare = (result[side]["median"] for side in (name, f"{name} echo"))
             result[f"{name} / echo"] = round(ours / bare, 3)
             print(
                 f"{num_groups} groups {num_rows:4} rows {name}: {ours:9.0f} us, "
@@ -175,7 +176,7 @@ def main() -> None:
     hivemind: dict[int, list[float]] = {}
     if arguments.hivemind_python:
         measure_hivemind(arguments, hivemind)
-    figures: dict[str, object] = {}
+    figures: dict[str, dict[str, Any]] = {}
     is_met = True
     most = max(arguments.groups)
     with GroupPool(most) as pool, EchoServers(most) as echoes:
@@ -188,7 +189,7 @@ def main() -> None:
         for num_rows, times in hivemind.items():
             row = figures[f"{arguments.groups[0]} groups, {num_rows} rows"]
             theirs = statistics.median(times)
-            ratios = {n: round(theirs / row[n]["median"], 1) for n in BARS}  # type: ignore[index]
+            ratios = {n: round(theirs / row[n]["median"], 1) for n in BARS}
             figures[f"hivemind, {num_rows} rows"] = {"median_us": times, "theirs / ours": ratios}
             print(f"hivemind {num_rows:4} rows: {theirs:9.0f} us, {ratios} (bar {HIVEMIND_BAR})")
             is_met &= min(ratios.values()) >= HIVEMIND_BAR

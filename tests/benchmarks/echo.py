@@ -61,9 +61,10 @@ class EchoServers:
     def _connect(self, port: int, path: str) -> None:
         channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS)
         requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        stream: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(METHOD)
         self._channels.append(channel)
         self._requests.append(requests)
-        self._answers.append(channel.stream_stream(METHOD)(iter(requests.get, None)))
+        self._answers.append(stream(iter(requests.get, None)))
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         _tune(connection)
         connection.connect(path)
@@ -92,8 +93,12 @@ class EchoServers:
     def __exit__(self, *_: object) -> None:
         for requests in self._requests:
             requests.put(None)
-        for closing in (*self._channels, *self._sockets, *self._pipes):
-            closing.close()
+        for channel in self._channels:
+            channel.close()
+        for connection in self._sockets:
+            connection.close()
+        for pipe in self._pipes:
+            pipe.close()
         for process in self._processes:
             process.join(10)
             if process.is_alive():
@@ -133,7 +138,7 @@ def _serve(pipe: Connection) -> None:
     handler = grpc.method_handlers_generic_handler(
         "echo.Echo", {"Stream": grpc.stream_stream_rpc_method_handler(stream)}
     )
-    server = grpc.server(ThreadPoolExecutor(4), handlers=(handler,), options=OPTIONS)
+    server = grpc.server(ThreadPoolExecutor(4), handlers=[handler], options=OPTIONS)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with tempfile.TemporaryDirectory(prefix="echo-") as folder:

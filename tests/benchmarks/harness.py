@@ -149,12 +149,12 @@ class ServedCluster:
         channel = grpc.insecure_channel(
             self.address, options=[("grpc.max_receive_message_length", 64 << 20)]
         )
-        return generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+        return generation_pb2_grpc.GenerationServiceStub(channel)
 
     def status(self) -> cluster_pb2.ClusterStatus:
         """Ask what runs where."""
         with grpc.insecure_channel(self.address) as channel:
-            stub = cluster_pb2_grpc.ClusterServiceStub(channel)  # type: ignore[no-untyped-call]
+            stub = cluster_pb2_grpc.ClusterServiceStub(channel)
             return stub.GetStatus(cluster_pb2.GetStatusRequest(), timeout=10)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,9 @@ def seconds(call: Callable[[], object]) -> Callable[[], float]:
     return timed
 
 
-def row(name: str, samples: dict[str, Samples], unit: str, value: Callable[[float], float]) -> dict:
+def row(
+    name: str, samples: dict[str, Samples], unit: str, value: Callable[[float], float]
+) -> dict[str, Any]:
     """Print one line and return its figures: the median and the best of each side."""
     figures = {}
     for side, s in samples.items():

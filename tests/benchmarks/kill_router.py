@@ -146,8 +146,8 @@ def main() -> None:
         prompts(arguments.turns, arguments.prompt, vocab, seed=arguments.seed * 1000 + index)
         for index in range(num_sessions)
     ]
-    flags = ("--dtype", "float32", "--routers", str(arguments.routers))
-    flags += ("--expert-groups", arguments.groups, "--max-num-seqs", "4")
+    flags = ["--dtype", "float32", "--routers", str(arguments.routers)]
+    flags += ["--expert-groups", arguments.groups, "--max-num-seqs", "4"]
     lines: list[str] = []
     with served(arguments.checkpoint, *flags, on_progress=lambda _, s: lines.append(s)) as cluster:
         routers = Routers(cluster.address)

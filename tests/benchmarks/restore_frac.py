@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -296,7 +297,7 @@ def main() -> None:
             raw_cpu = cpu.per_gb(raw_bytes)
             cpu = CpuSeconds(process)
             restored, seconds = restore(tier, pool, chain)
-            row = {
+            row: dict[str, Any] = {
                 "raw_gbps": raw_bytes / raw_s / 1e9,
                 "restore_gbps": restored / seconds / 1e9,
                 "ratio": restored / seconds / (raw_bytes / raw_s),

@@ -52,7 +52,7 @@ class RouteExperts:
         self.choices_differ = 0
         """Rows for which the router's gate chose other experts than the model's."""
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
-        stub = gating_pb2_grpc.GatingServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        stub = gating_pb2_grpc.GatingServiceStub(self._channel)
         self._requests: queue.SimpleQueue[gating_pb2.RouteRequest | None] = queue.SimpleQueue()
         self._answers: Iterator[gating_pb2.RouteResponse] = stub.Route(
             iter(self._requests.get, None)

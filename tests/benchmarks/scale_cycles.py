@@ -88,7 +88,9 @@ def main() -> None:
     arguments = parser.parse_args()
     generator = random.Random(arguments.seed)
     groups, routers = 1, 1
-    up, down, killed = [], [], []
+    up: list[float] = []
+    down: list[float] = []
+    killed: list[float] = []
     lines: list[str] = []
     flags = ("--dtype", "float32", "--expert-groups", "1", "--max-num-seqs", "8")
     with served(arguments.checkpoint, *flags, on_progress=lambda _, s: lines.append(s)) as cluster:

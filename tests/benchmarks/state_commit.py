@@ -53,8 +53,8 @@ class Timer:
 
 async def run_turn(store: SessionStore, session_id: str, number: int, timer: Timer) -> None:
     """Run one turn, from the lease to its release."""
-    prompt = np.arange(PROMPT_TOKENS)
-    new = np.arange(CHECKPOINT_TOKENS)
+    prompt = np.arange(PROMPT_TOKENS, dtype=np.uint32)
+    new = np.arange(CHECKPOINT_TOKENS, dtype=np.uint32)
     request_id = f"q{number}"
     started = time.perf_counter()
     lease = await store.acquire("bench", session_id)

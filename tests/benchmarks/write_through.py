@@ -77,13 +77,13 @@ def run_batch(
     number = next(_runs)
     texts = prompts(arguments.batch, arguments.prompt, vocab, seed=number)
     channel = grpc.insecure_channel(cluster.address)
-    stub = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+    stub = generation_pb2_grpc.GenerationServiceStub(channel)
     streams = []
     for index, text in enumerate(texts):
         request = greedy_request(text, arguments.new)
         if sessions:
             request.session_id = f"run-{number}-{index}"
-            calls = session_pb2_grpc.SessionServiceStub(channel)  # type: ignore[no-untyped-call]
+            calls = session_pb2_grpc.SessionServiceStub(channel)
             made = session_pb2.CreateSessionRequest(session_id=request.session_id)
             calls.CreateSession(made, timeout=30)
         streams.append(Stream(stub, request))

@@ -192,8 +192,9 @@ class Hosts:
         """End the hosts and remove what they left on this machine."""
         for host in self.hosts.values():
             host.process.send_signal(signal.SIGKILL)
-            for process in (host.process, *host.programs):
-                process.wait()
+            host.process.wait()
+            for program in host.programs:
+                program.wait()
         for number, name in enumerate(self.hosts, 1):
             with contextlib.suppress(subprocess.CalledProcessError):
                 _ip("link", "del", f"{self._bridge}v{number}")

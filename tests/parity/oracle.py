@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from experts.weights import SafetensorsCheckpoint
 from router.engine.batch import Chunk, build_batch
 from router.model.decoder import Decoder
+from router.model.ops import GdnState
 
 
 class Oracle:
@@ -140,7 +141,7 @@ def generate(
     num_blocks = sum(-(-total // block_size) for total in totals) + 3
     caches = decoder.allocate_caches(num_blocks, block_size, len(prompts) + 2)
     for layer in caches.layers:
-        if hasattr(layer, "recurrent"):
+        if isinstance(layer, GdnState):
             layer.recurrent.fill_(float("nan"))
             layer.conv.fill_(float("nan"))
     free = rng.sample(range(num_blocks), num_blocks)
