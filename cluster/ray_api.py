@@ -133,8 +133,6 @@ class RayCluster:
             Node(
                 node_id=node["NodeID"],
                 address=node["NodeManagerAddress"],
-                cpus=node["Resources"].get("CPU", 0.0),
-                memory_bytes=node["Resources"].get("memory", 0.0),
                 resources=node["Resources"],
             )
             for node in ray.nodes()

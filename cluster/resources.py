@@ -17,8 +17,6 @@ class Node:
 
     node_id: str
     address: str
-    cpus: float
-    memory_bytes: float
     resources: Mapping[str, float]
 
 

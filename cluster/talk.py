@@ -44,7 +44,6 @@ class Answer:
     completion: Completion
     first_token_s: float = 0.0
     total_s: float = 0.0
-    is_interrupted: bool = False
 
     @property
     def tokens_per_s(self) -> float:
@@ -138,7 +137,6 @@ def _answer_turn(client: Client, messages: list[dict[str, str]], sampling: Sampl
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         stream.close()  # cancels the request
-        answer.is_interrupted = True
     print()
     return answer
 

@@ -60,7 +60,6 @@ class RangeCache:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._source: dict[str, Any] = json.loads(path.with_name(path.name + REMOTE).read_text())
         self._journal = path.with_name(path.name + RANGES)
         self._known: dict[tuple[int, int], int] = _read_journal(self._journal)

@@ -174,11 +174,6 @@ class Sequence:
         return self.prompt_len + len(self.output_ids) - self.num_computed
 
     @property
-    def max_cached_tokens(self) -> int:
-        """Most tokens it can ever have in the caches: the last one drawn is never computed."""
-        return self.prompt_len + self.max_new_tokens - 1
-
-    @property
     def num_cold_blocks(self) -> int:
         """Cache blocks in front of `blocks`."""
         return 0 if self.cold is None else self.cold.num_blocks

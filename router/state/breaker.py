@@ -78,7 +78,6 @@ class CircuitBreaker:
         self._waits = 0  # times it opened since it was last closed
         self._next_s = 0.0  # open: when a probe may go; half-open: when the probe is given up
         self._num_opened = 0
-        self._num_refused = 0
 
     @property
     def state(self) -> BreakerState:
@@ -94,12 +93,6 @@ class CircuitBreaker:
         """How often it has opened."""
         with self._lock:
             return self._num_opened
-
-    @property
-    def num_refused(self) -> int:
-        """Calls that were not made because it was open."""
-        with self._lock:
-            return self._num_refused
 
     @property
     def retry_after_s(self) -> float:
@@ -120,7 +113,6 @@ class CircuitBreaker:
                 self._state = BreakerState.HALF_OPEN
                 self._next_s = self._clock() + self._settings.probe_timeout_s
                 return True
-            self._num_refused += 1
             return False
 
     def succeeded(self, seconds: float) -> None:

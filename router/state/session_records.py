@@ -174,13 +174,6 @@ class Lease:
         """Who holds it."""
         return holder_of(self.token)
 
-    @property
-    def room_tokens(self) -> int | None:
-        """Tokens that still fit under the quota, besides the saved ones; None without a quota."""
-        if not self.quota_tokens:
-            return None
-        return max(0, self.quota_tokens - self.num_tokens - self.open_tokens)
-
     def may_emit(self, now: float) -> bool:
         """Whether a token may be sent at the monotonic second `now`."""
         return now < self.renewed_at + self.ttl_s - self.margin_s

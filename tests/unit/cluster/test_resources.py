@@ -5,8 +5,7 @@ from __future__ import annotations
 from cluster.resources import Node, lacking, total
 
 NODES = [
-    Node(f"n{index}", f"10.0.0.{index}", 4.0, 1e9, {"CPU": 4.0, "expert_group": 1.0})
-    for index in range(2)
+    Node(f"n{index}", f"10.0.0.{index}", {"CPU": 4.0, "expert_group": 1.0}) for index in range(2)
 ]
 
 

@@ -389,12 +389,12 @@ async def test_an_acquire_sent_twice_is_one_lease(
 async def test_a_prompt_that_leaves_no_room_is_refused(store: SessionStore, tenant: str) -> None:
     await store.create(tenant, "s", ttl_s=DAY_S, quota_tokens=10)
     lease = await add_turn(store, tenant, "s", range(4), [4], release=False)
-    assert (lease.quota_tokens, lease.room_tokens) == (10, 5)
+    assert (lease.quota_tokens, lease.num_tokens) == (10, 5)
     with pytest.raises(SessionQuotaError, match="would have 11 tokens, its quota is 10"):
         await store.open_turn(lease, opening("q2", range(5)))
     assert (await store.get(tenant, "s")).open_turn is None
     await store.open_turn(lease, opening("q2", range(4)))
-    assert lease.room_tokens == 1
+    assert lease.open_tokens == 4
 
 
 async def test_tokens_beyond_the_quota_are_refused(store: SessionStore, tenant: str) -> None:
@@ -407,12 +407,14 @@ async def test_tokens_beyond_the_quota_are_refused(store: SessionStore, tenant: 
             await call
     assert (await store.get(tenant, "s")).num_tokens == 0
     await commit(store, lease, [5], prompt=2)
-    assert (lease.num_tokens, lease.room_tokens) == (5, 0)
+    assert lease.num_tokens == 5
 
 
 async def test_without_a_quota_there_is_room(store: SessionStore, tenant: str) -> None:
     await store.create(tenant, "s", ttl_s=DAY_S)
-    assert (await store.acquire(tenant, "s")).room_tokens is None
+    lease = await store.acquire(tenant, "s")
+    await store.open_turn(lease, opening("q1", range(1000)))
+    assert lease.open_tokens == 1000
 
 
 async def test_ids_that_do_not_fit_are_refused(
