@@ -60,7 +60,12 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 
 
 def answer_undisturbed(
-    file: Path, output: Path, address: str, model: str, concurrency: int = 16
+    file: Path,
+    output: Path,
+    address: str,
+    model: str,
+    concurrency: int = 16,
+    access: Access | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows that a batch without Ray and without accidents gives."""
     worker = PartWorker(
@@ -72,7 +77,10 @@ def answer_undisturbed(
             id_field="custom_id",
             defaults=RowDefaults(),
             asker=AskerSettings(
-                addresses=(address,), access=Access(), model=model, concurrency=concurrency
+                addresses=(address,),
+                access=access or Access(),
+                model=model,
+                concurrency=concurrency,
             ),
         )
     )

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from protos.client import Client
+from protos.tls import Access
 from protos.v1 import batch_pb2
 from tests.benchmarks.harness import process_tree
 from tests.eventually import eventually
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.timeout(500)
 NUM_ROWS = 60
 PART_ROWS = 2
 POISON = (7, 31, 44)
+TEAM_KEY = "key-of-the-tenant"
 DRIVER = "cluster.batch.driver"
 COMPLETED = batch_pb2.BATCH_STATE_COMPLETED
 
@@ -35,7 +37,8 @@ def store() -> Iterator[StoreServer]:
 
 def serve(checkpoint: Path, store: StoreServer, root: Path) -> Served:
     flags = ("--routers", "2", "--served-model-name", "dense", "--batch-root", str(root))
-    return Served(checkpoint, *flags, "--redis-url", f"unix://{store.path}")
+    environment = {"EXPERTMESH_ROUTER__API_KEYS": f"operators-key,team {TEAM_KEY}"}
+    return Served(checkpoint, *flags, "--redis-url", f"unix://{store.path}", env=environment)
 
 
 def process(service: Served, words: str, but_not: int = 0) -> psutil.Process:
@@ -56,14 +59,17 @@ def process(service: Served, words: str, but_not: int = 0) -> psutil.Process:
 def test_a_submitted_batch_survives_its_driver_a_router_and_serve(
     dense_checkpoint: Path, store: StoreServer, tmp_path: Path
 ) -> None:
-    file, out = tmp_path / "in.jsonl", tmp_path / "out"
+    """The batch is a named tenant's: its files lie below its folder, its key asks the rows."""
+    team = tmp_path / "team"
+    team.mkdir()
+    file, out = team / "in.jsonl", team / "out"
     write_input(file, NUM_ROWS, POISON, max_tokens=300)
 
     def num_parts() -> int:
         return len(list(out.glob("part-*.jsonl")))
 
     with serve(dense_checkpoint, store, tmp_path) as service:
-        with Client(service.address) as client:
+        with Client(service.address, api_key=TEAM_KEY) as client:
             name = client.create_batch(
                 *(str(file), str(out)), part_rows=PART_ROWS, max_clients=1, concurrency=1
             ).name
@@ -82,12 +88,19 @@ def test_a_submitted_batch_survives_its_driver_a_router_and_serve(
         assert service.survivors(30) == []
     assert 0 < num_parts() < NUM_ROWS // PART_ROWS
 
-    with serve(dense_checkpoint, store, tmp_path) as service, Client(service.address) as client:
-        last = list(client.watch_batch(name, 0.2))[-1]
+    with serve(dense_checkpoint, store, tmp_path) as service:
+        with Client(service.address, api_key=TEAM_KEY) as client:
+            last = list(client.watch_batch(name, 0.2))[-1]
         assert (last.state, last.error.message) == (COMPLETED, "")
         assert (last.rows_total, last.rows_done, last.rows_failed) == (NUM_ROWS, NUM_ROWS, 3)
         assert last.starts >= 3
-        expected = answer_undisturbed(file, tmp_path / "undisturbed", service.address, "dense")
+        expected = answer_undisturbed(
+            file,
+            tmp_path / "undisturbed",
+            service.address,
+            "dense",
+            access=Access(api_key=TEAM_KEY),
+        )
     assert rows_of(out) == expected
     assert [row["row"] for row in expected if row["error"]] == list(POISON)
     manifest = json.loads((out / "manifest.json").read_text())
@@ -98,7 +111,8 @@ def test_the_command_line_submits_shows_and_cancels(served: Served, batch_root: 
     write_input(batch_root / "in.jsonl", 12, (3,), max_tokens=8)
     url = ("--url", served.address)
     files = ("-i", str(batch_root / "in.jsonl"), "-o")
-    done = run_cli("batch", "submit", *files, str(batch_root / "done"), *url, "--wait", "--json")
+    submit = ("batch", "submit", *files, str(batch_root / "done"), *url, "--wait", "--json")
+    done = run_cli(*submit, timeout_s=200)
     assert done.returncode == 5, done.stderr  # the poison row
     shown = json.loads(done.stdout)
     assert (shown["state"], shown["rows"], shown["failed"]) == ("completed", 12, 1)
