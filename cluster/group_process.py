@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 
 from cluster.config import Config
@@ -38,10 +37,7 @@ class GroupProcess:
 
     def facts(self, node_id: str, address: str) -> ProcessFacts:
         """Return where this process runs."""
-        cores = len(os.sched_getaffinity(0))
-        return ProcessFacts(
-            node_id=node_id, address=address, pid=os.getpid(), cores=cores, boot=self._boot
-        )
+        return ProcessFacts.here(node_id, address, self._boot)
 
     def load(
         self, placement_json: str, dtype: str, threads: int, host: str, compute: str

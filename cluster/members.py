@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ class ProcessFacts:
     """Cores that this process may use."""
     boot: str
     """Drawn when the process starts: tells it from the one before it with the same name."""
+
+    @classmethod
+    def here(cls, node_id: str, address: str, boot: str) -> ProcessFacts:
+        """Return the facts of the process that asks."""
+        cores = len(os.sched_getaffinity(0))
+        return cls(node_id=node_id, address=address, pid=os.getpid(), cores=cores, boot=boot)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

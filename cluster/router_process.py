@@ -91,10 +91,7 @@ class RouterProcess:
 
     def facts(self, node_id: str, address: str) -> ProcessFacts:
         """Return where this process runs."""
-        cores = len(os.sched_getaffinity(0))
-        return ProcessFacts(
-            node_id=node_id, address=address, pid=os.getpid(), cores=cores, boot=self._boot
-        )
+        return ProcessFacts.here(node_id, address, self._boot)
 
     def load(self, dtype: str, max_model_len: int, threads: int) -> int:
         """Load the trunk.

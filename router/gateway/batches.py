@@ -22,7 +22,8 @@ from protos.validate import raise_violations
 from router.gateway.authentication import Callers
 from router.gateway.batch_roots import BatchRoots
 from router.state.batch_records import BatchRecord
-from router.state.batches import MAX_PAGE_SIZE, BatchStore
+from router.state.batches import BatchStore
+from router.state.paging import MAX_PAGE_SIZE
 
 DEFAULT_PAGE_SIZE = 100
 DEFAULT_INTERVAL_S = 1.0

@@ -19,12 +19,12 @@ from protos.v1 import session_pb2, session_pb2_grpc
 from protos.validate import raise_violations
 from router.engine.chain import tenant_namespace
 from router.gateway.authentication import Callers
+from router.state.paging import MAX_PAGE_SIZE
 from router.state.session_records import SessionRecord, TokenIds, TurnRecord
 from router.state.sessions import SessionStore
 
 MAX_TTL_S = 3650 * 86400.0
 DEFAULT_PAGE_SIZE = 100
-MAX_PAGE_SIZE = 1000
 MAX_METADATA_ENTRIES = 32
 MAX_METADATA_CHARS = 1024
 """Of one key or value."""

@@ -21,13 +21,12 @@ from router.state.batch_records import (
 )
 from router.state.control import Argument, ControlClient, ControlSettings
 from router.state.endpoint import Endpoint
-from router.state.paging import from_token, to_token
+from router.state.paging import page_of
 from router.state.redis_keys import BatchKeys, batch_keys
 
 Records = list[BatchRecord]
 Arguments = list[Argument]
 
-MAX_PAGE_SIZE = 1000
 KNOWN_MS = 86_400_000
 """How long an idempotency key is known."""
 LEASE_S = 10.0
@@ -126,28 +125,16 @@ class BatchStore:
         Raises:
             InvalidFieldError: The size is not in [1, 1000], or no page gave out the token.
         """
-        if not 1 <= page_size <= MAX_PAGE_SIZE:
-            raise InvalidFieldError("page_size", f"must be in [1, {MAX_PAGE_SIZE}]", page_size)
-        last = from_token(page_token)
         index = _keys(tenant).of_tenant
-        found: Records = []
-        while True:
-            start = b"(" + last if last else b"+"
-            wanted = page_size - len(found) + 1  # one more tells whether there is a next page
-            names = await self._client.command(
-                "ZREVRANGEBYLEX", index, start, b"-", "LIMIT", 0, wanted
-            )
-            for raw in names:
-                if len(found) == page_size:
-                    return found, to_token(last)
-                record = await self._read(tenant, raw.decode())
-                if record is None:  # it has expired
-                    await self._client.command("ZREM", index, raw)
-                else:
-                    found.append(record)
-                last = raw
-            if len(names) < wanted:
-                return found, ""
+        return await page_of(
+            self._client,
+            index,
+            lambda name: self._read(tenant, name),
+            lambda name: self._client.command("ZREM", index, name),
+            page_size,
+            page_token,
+            is_descending=True,
+        )
 
     async def cancel(self, tenant: str, name: str) -> BatchRecord:
         """End a batch, or ask who drives it to do so; return it as it is then.
