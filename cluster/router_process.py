@@ -142,8 +142,9 @@ class RouterProcess:
         )
         self._shared = self._share(start, namespace, io)
         delivery = LoopDelivery()
+        served = ServedDecoder(decoder, experts.engine)
         self._engine = engine = Engine(
-            ServedDecoder(decoder, experts.engine),
+            served,
             plan_engine(
                 section,
                 self._config.state,
@@ -178,6 +179,7 @@ class RouterProcess:
                 engine, self._services.gating, self._gateway, self._members.wish
             )
         warm_up(decoder, min(WARM_UP_TOKENS, engine.config.max_num_batched_tokens))
+        served.begin()
         engine.start()
         port = self._gateway.start().rpartition(":")[2]
         self._address = f"{start.advertised_host}:{port}"

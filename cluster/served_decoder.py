@@ -16,10 +16,19 @@ class ServedDecoder:
     def __init__(self, decoder: Decoder, dispatcher: ExpertDispatcher | None) -> None:
         self._decoder = decoder
         self._dispatcher = dispatcher
+        self._unserved_s = 0.0
+
+    def begin(self) -> None:
+        """Count from here: what came before was no request's."""
+        self._unserved_s = self._waited_s
 
     @property
     def dispatch_s(self) -> float:
-        """Seconds spent waiting for expert groups since the start."""
+        """Seconds spent waiting for expert groups since `begin`."""
+        return self._waited_s - self._unserved_s
+
+    @property
+    def _waited_s(self) -> float:
         return self._dispatcher.dispatch_s if self._dispatcher is not None else 0.0
 
     def allocate_caches(self, num_blocks: int, block_size: int, num_state_slots: int) -> Caches:

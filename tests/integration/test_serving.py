@@ -99,7 +99,9 @@ def test_status_lists_every_member(served: Served) -> None:
     assert [router["router_id"] for router in status["routers"]] == ["router-0", "router-1"]
     assert {router["state"] for router in status["routers"]} == {"READY"}
     assert status["routers"][0]["generation_tokens"] > 0
-    assert 0 < status["routers"][0]["dispatch_s"] <= status["routers"][0]["step_s"]
+    assert status["routers"][0]["dispatch_s"] > 0
+    # The warm-up of a router is no step of it: one that served nothing has waited for nothing.
+    assert all(router["dispatch_s"] <= router["step_s"] for router in status["routers"])
     by_group = {group["group_id"]: group for group in status["groups"]}
     # 4 layers of 8 experts, 3:1
     assert (by_group["big"]["num_experts"], by_group["small"]["num_experts"]) == (24, 8)
