@@ -21,6 +21,7 @@ import torch
 from cluster.config import Config
 from cluster.engine_plan import plan_engine
 from cluster.figures import Figures
+from cluster.known_service import KnownService
 from cluster.members import (
     GroupMember,
     ProcessFacts,
@@ -31,7 +32,6 @@ from cluster.members import (
     engine_id,
     new_boot,
 )
-from cluster.membership import Membership
 from cluster.metrics import MetricsServer, metrics_text
 from cluster.probe import check_answers
 from cluster.router_experts import RouterExperts
@@ -77,7 +77,7 @@ class RouterProcess:
         self.shutdown_timeout_s = config.cluster.shutdown_timeout_s
         self._boot = new_boot()
         self._config = config
-        self._members = Membership(router_id)
+        self._members = KnownService(router_id)
         self._state = "STARTING"
         self._ended = threading.Event()
         self._address = ""

@@ -14,8 +14,8 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
+from cluster.known_service import KnownService
 from cluster.members import GroupMember, LeaveWish, PlaceWish, ScaleWish
-from cluster.membership import Membership
 from experts.moves import replan
 from experts.placement import Placement
 from experts.planner import balancedness, group_load, num_moves
@@ -103,7 +103,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self,
         router: OwnRouter,
         experts: OwnExperts,
-        members: Membership,
+        members: KnownService,
         to_routers: Access | None = None,
         to_groups: Access | None = None,
     ) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from cluster.known_service import KnownService
 from cluster.members import ServiceView
-from cluster.membership import Membership
 from cluster.service import ClusterServicer
 from protos.errors import InvalidFieldError, UnreachableError
 from protos.v1 import cluster_pb2
@@ -28,16 +28,16 @@ def view_of(routers: dict[str, str]) -> ServiceView:
     )
 
 
-def servicer(router: Any, members: Membership | None = None) -> ClusterServicer:
+def servicer(router: Any, members: KnownService | None = None) -> ClusterServicer:
     """Of a dense model: nothing asks about experts."""
     experts: Any = None
-    return ClusterServicer(router, experts, members or Membership("router-0"))
+    return ClusterServicer(router, experts, members or KnownService("router-0"))
 
 
 async def test_draining_a_router_that_is_gone_says_unreachable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed_soon:
         port = closed_soon.getsockname()[1]
-    members = Membership("router-0")
+    members = KnownService("router-0")
     addresses = {"router-0": "127.0.0.1:1", "router-1": f"127.0.0.1:{port}"}
     members.learn(view_of(addresses))
     request = cluster_pb2.DrainRequest(target="router-1", timeout_s=5)

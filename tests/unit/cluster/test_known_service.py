@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cluster.known_service import KnownService
 from cluster.members import ServiceView
-from cluster.membership import Membership
 
 
 def view(version: int, *, is_settled: bool) -> ServiceView:
@@ -20,7 +20,7 @@ def view(version: int, *, is_settled: bool) -> ServiceView:
 
 
 def test_older_news_that_come_later_are_left_out() -> None:
-    members = Membership("router-0")
+    members = KnownService("router-0")
     for version, is_settled in ((1, False), (3, True), (2, False)):
         members.learn(view(version, is_settled=is_settled))
     assert members.routers == {"router-0": "10.0.0.1:3"}

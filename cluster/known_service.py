@@ -15,8 +15,8 @@ from cluster.router_status import scaling_status
 from protos.v1 import cluster_pb2
 
 
-class Membership:
-    """A router as one member of the service.
+class KnownService:
+    """The service as one router knows it.
 
     Args:
         router_id: Its own name.
