@@ -1,4 +1,4 @@
-"""What every test shares: quiet libraries and one torch thread."""
+"""What every test shares: quiet libraries, one torch thread, no deadline for an example."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 import sys
 
 import pytest
+from hypothesis import settings
+
+# On a busy machine an example may take any time: no test is about the clock.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

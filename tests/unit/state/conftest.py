@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -10,8 +11,12 @@ from typing import Protocol
 
 import pytest
 
+from router.engine.chain import HashChain
 from router.state.embedded import EmbeddedServer, Role, find_binary
 from router.state.sessions import SessionStore
+from router.state.tier import BlobTier
+from tests.unit.state.blob_servers import KINDS, BlobServer, blob_server, chain_of, fill, tier_of
+from tests.unit.state.tiers import PATIENT, POSITIONS
 
 _tenants = itertools.count(1)
 
@@ -107,3 +112,27 @@ async def make_store() -> AsyncIterator[StoreMaker]:
     yield make
     for one in made:
         await one.close()
+
+
+@pytest.fixture(params=KINDS)
+def servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[BlobServer]]:
+    """Two blob servers."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(blob_server(request.param, tmp_path, name=name))
+            for name in ("one", "two")
+        ]
+
+
+@pytest.fixture
+def chain() -> HashChain:
+    """The hashes of some prompt."""
+    return chain_of(2000)
+
+
+@pytest.fixture
+def tier(servers: list[BlobServer], chain: HashChain) -> Iterator[BlobTier]:
+    """A tier whose servers hold snapshots at `POSITIONS` and all blocks before the last."""
+    with contextlib.closing(tier_of(*servers, settings=PATIENT)) as tier:
+        fill(tier, chain, *POSITIONS)
+        yield tier
