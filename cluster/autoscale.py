@@ -9,11 +9,10 @@ What keeps the numbers calm, beside the margins of `cluster.autoscale_signals`:
   delays     a wish must hold without a break for `upscale_delay_s` or `downscale_delay_s`; then it
              is the least (up) or the most (down) that was wished meanwhile that counts. A change
              of the number, whoever made it, begins both again.
+  doubt      few requests tell little, and members that left too early stay longer the next time;
+             what a queue called for stays until the load falls (`cluster.autoscale_wishes`).
   starting   while members start, backlogs do not count, and nothing leaves.
   blindness  a member whose measurement is missing or old ends every wish for fewer.
-  pressure   where a queue or a missed latency raised the number, although the steady load did not
-             ask for it, the members do not leave before that load has fallen by `RELIEF`: else
-             they would come and go for ever.
 
 Never below `least`, nor, for groups, below what holds a copy of every expert. Only a pool whose
 `least` is 0 ever has none: after `downscale_to_zero_delay_s` without a request, until the next.
@@ -21,23 +20,32 @@ Never below `least`, nor, for groups, below what holds a copy of every expert. O
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.autoscale_signals import (
     Load,
+    Pool,
     Signal,
     Targets,
     group_signals,
-    is_blamed_on_groups,
-    latency_signals,
     router_signals,
-    steady_demand,
+    wander_of,
+)
+from cluster.autoscale_wishes import (
+    PoolMemory,
+    after_change,
+    lull_s,
+    pressure_signal,
+    with_lull,
+    with_surge,
+    without_wishes,
 )
 
-RELIEF = 0.7
-"""Part of the load at which pressure ends."""
+USUAL_DELAYS = 4.0
+"""Downscale delays over which it is measured how many requests usually come."""
 
 Direction = Literal["up", "down", "hold"]
 
@@ -63,37 +71,8 @@ class Policy:
     upscale_delay_s: float = 5.0
     downscale_delay_s: float = 300.0
     downscale_to_zero_delay_s: float = 900.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """The members of one kind."""
-
-    count: int
-    """That there are to be: the last number that was applied, by whomever."""
-    ready: int
-    """That serve."""
-    unknown: int = 0
-    """Of those that are ready: no fresh measurement."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolMemory:
-    """What a decision leaves for the next one."""
-
-    count: int = -1
-    """The number it decided on."""
-    more_since_s: float | None = None
-    """Since when more were wished, without a break."""
-    more: int = 0
-    """The least that was wished since."""
-    fewer_since_s: float | None = None
-    fewer: int = 0
-    """The most that was wished since."""
-    pressed_count: int = 0
-    """So many were too few ..."""
-    pressed_demand: float = 0.0
-    """... at this steady demand."""
+    look_back_s: float = 10.0
+    """Over which rates are measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +83,10 @@ class Memory:
     groups: PoolMemory = field(default_factory=PoolMemory)
     idle_since_s: float | None = None
     """Since when there was nothing to do, known for certain."""
+    usual_requests_per_s: float | None = None
+    """That begin; None: never known."""
+    at_s: float = 0.0
+    """When it was left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,40 +145,32 @@ def decide(state: State) -> Decision:
     blind += load.group_busy is None and state.groups.ready > 0
     is_settled = all(pool.ready >= pool.count for pool in (state.routers, state.groups))
     idle_since_s = _idle_since(state) if not blind else None
+    usual_requests_per_s = _usual_requests_per_s(state)
+    wander = wander_of(usual_requests_per_s, state.policy.look_back_s)
     circumstances = _Circumstances(
         now_s=state.now_s,
         policy=state.policy,
+        usual_requests_per_s=usual_requests_per_s,
         num_blind=blind,
         is_settled=is_settled,
         has_work=bool(load.num_requests or load.batch_tokens),
         idle_s=-1.0 if idle_since_s is None else state.now_s - idle_since_s,
     )
-    on_groups = is_blamed_on_groups(load)
     decisions = []
-    for pool, limits, memory, signals, is_blamed in (
+    for pool, limits, memory, signals in (
         (
             state.routers,
             _range(state.policy.routers, floor=1),
             state.memory.routers,
-            router_signals(load, targets, state.routers.count, is_settled=is_settled),
-            not on_groups,
+            router_signals(load, targets, state.routers, wander, is_settled=is_settled),
         ),
         (
             state.groups,
             _range(state.policy.groups, floor=state.policy.min_groups_by_memory),
             state.memory.groups,
-            group_signals(load, targets, state.groups.count),
-            on_groups,
+            group_signals(load, targets, state.groups, wander, is_settled=is_settled),
         ),
     ):
-        signals += latency_signals(
-            load,
-            targets,
-            pool.count,
-            max((signal.demand for signal in signals), default=0.0),
-            is_blamed=is_blamed,
-            is_settled=is_settled,
-        )
         decisions.append(_decide_pool(pool, limits, memory, signals, circumstances))
     (routers, router_memory), (groups, group_memory) = decisions
     return Decision(
@@ -203,7 +178,13 @@ def decide(state: State) -> Decision:
         routers=routers,
         groups=groups,
         load=load,
-        memory=Memory(routers=router_memory, groups=group_memory, idle_since_s=idle_since_s),
+        memory=Memory(
+            routers=router_memory,
+            groups=group_memory,
+            idle_since_s=idle_since_s,
+            usual_requests_per_s=usual_requests_per_s,
+            at_s=state.now_s,
+        ),
     )
 
 
@@ -213,6 +194,7 @@ class _Circumstances:
 
     now_s: float
     policy: Policy
+    usual_requests_per_s: float | None
     num_blind: int
     is_settled: bool
     has_work: bool
@@ -253,6 +235,17 @@ def _idle_since(state: State) -> float | None:
     return state.now_s if since is None else since
 
 
+def _usual_requests_per_s(state: State) -> float | None:
+    """Return the mean over some `USUAL_DELAYS` downscale delays, the latest counting most."""
+    now, before = state.load.requests_per_s, state.memory.usual_requests_per_s
+    if now is None or before is None:
+        return before if now is None else now
+    policy, passed_s = state.policy, state.now_s - state.memory.at_s
+    mean_s = max(USUAL_DELAYS * policy.downscale_delay_s, policy.look_back_s)
+    kept = math.exp(-passed_s / mean_s)
+    return now + (before - now) * kept
+
+
 def _decide_pool(
     pool: Pool,
     limits: _Range,
@@ -263,10 +256,13 @@ def _decide_pool(
     """Return the decision of one pool, and its memory."""
     if pool.count != memory.count:  # the first decision, or somebody else changed it
         memory = PoolMemory(count=pool.count)
+    pressure = pressure_signal(memory, pool.count, signals)
+    signals = [*signals, pressure] if pressure else signals
     wanted, reason, memory = _wanted(pool, limits, memory, signals, around)
     if wanted != pool.count:
-        pressure = _pressure(pool, memory, signals, wanted)
-        memory = replace(pressure, count=wanted, more_since_s=None, fewer_since_s=None)
+        memory = after_change(
+            memory, around.now_s, pool.count, wanted, signals, around.policy.downscale_delay_s
+        )
     decision = PoolDecision(
         count=pool.count, wanted=wanted, ready=pool.ready, reason=reason, signals=tuple(signals)
     )
@@ -282,7 +278,7 @@ def _wanted(
 ) -> tuple[int, str, PoolMemory]:
     """Return the number, the reason, and the memory of wishes; the rules in order."""
     count, policy, now_s = pool.count, around.policy, around.now_s
-    calm = replace(memory, more_since_s=None, fewer_since_s=None)
+    calm = without_wishes(memory)
     if count == 0 and limits.may_sleep and not around.has_work:
         return 0, "asleep until the first request", calm
     if count < limits.least:
@@ -291,60 +287,41 @@ def _wanted(
     if limits.may_sleep and around.idle_s >= policy.downscale_to_zero_delay_s:
         return 0, f"idle for {around.idle_s:.0f} s", calm
 
-    wish, why = _wish(count, limits, memory, signals)
+    wish, why = _wish(count, limits, signals)
     if wish > count:
-        since_s = now_s if memory.more_since_s is None else memory.more_since_s
-        more = wish if memory.more_since_s is None else min(memory.more, wish)
-        memory = replace(calm, more_since_s=since_s, more=more)
-        held_s = now_s - since_s
+        memory, surge = with_surge(memory, now_s, wish)
+        held_s = now_s - surge.since_s
         if held_s < policy.upscale_delay_s:
-            return count, _not_yet(more, held_s, policy.upscale_delay_s, why), memory
-        return more, f"{why}; for {held_s:.0f} s", memory
+            return count, _not_yet(surge.least, held_s, policy.upscale_delay_s, why), memory
+        return surge.least, f"{why}; for {held_s:.0f} s", memory
     if wish < count:
         if around.num_blind:
             return count, f"{wish} would do, but {around.num_blind} measurements are missing", calm
         if not around.is_settled:
             return count, f"{wish} would do, but members are still starting", calm
-        since_s = now_s if memory.fewer_since_s is None else memory.fewer_since_s
-        fewer = wish if memory.fewer_since_s is None else max(memory.fewer, wish)
-        memory = replace(calm, fewer_since_s=since_s, fewer=fewer)
-        held_s = now_s - since_s
-        if held_s < policy.downscale_delay_s:
-            return count, _not_yet(fewer, held_s, policy.downscale_delay_s, why), memory
+        memory, lull = with_lull(memory, now_s, wish, around.usual_requests_per_s)
+        held_s = now_s - lull.since_s
+        delay_s = lull_s(memory, lull, policy.downscale_delay_s, around.idle_s)
+        if held_s < delay_s:
+            return count, _not_yet(lull.most, held_s, delay_s, why), memory
+        # Nothing to do is no matter of chance: what was wished before it does not count.
+        fewer = wish if around.idle_s >= policy.downscale_delay_s else lull.most
         return fewer, f"{why}; for {held_s:.0f} s", memory
     return count, why, calm
 
 
-def _wish(
-    count: int, limits: _Range, memory: PoolMemory, signals: Sequence[Signal]
-) -> tuple[int, str]:
+def _wish(count: int, limits: _Range, signals: Sequence[Signal]) -> tuple[int, str]:
     """Return the number that the signals ask for now, and the signal that decides."""
     if not signals:
         return min(count, limits.most), "nothing is measured"
     raising = max(signals, key=lambda signal: signal.raises_to)
-    keeping = max(signals, key=lambda signal: signal.keeps)
+    keeping = max(signals, key=lambda signal: signal.needs)
     if raising.raises_to > count:
         wish = min(raising.raises_to, limits.most)
         at_most = f"; {limits.most} is the most" if raising.raises_to > limits.most else ""
         return max(wish, min(count, limits.most)), f"{raising.name}: {raising.text}{at_most}"
-    keeps, why = keeping.keeps, f"{keeping.name}: {keeping.text}"
-    if 0 < memory.pressed_count < count and keeps <= memory.pressed_count:
-        load = steady_demand(signals)
-        if load and load >= RELIEF * memory.pressed_demand:
-            keeps = memory.pressed_count + 1
-            why = (
-                f"{memory.pressed_count} were too few at a load of {memory.pressed_demand:.2f},"
-                f" and it is {load:.2f}"
-            )
-    return min(max(keeps, limits.least), count, limits.most), why
-
-
-def _pressure(pool: Pool, memory: PoolMemory, signals: Sequence[Signal], wanted: int) -> PoolMemory:
-    """Note when the steady load alone would not have raised the number so far."""
-    steady = max((signal.raises_to for signal in signals if signal.is_steady), default=0)
-    if pool.count and pool.count < wanted and steady < wanted:
-        return replace(memory, pressed_count=pool.count, pressed_demand=steady_demand(signals))
-    return memory
+    wish = min(max(keeping.keeps, limits.least), count, limits.most)
+    return wish, f"{keeping.name}: {keeping.text}"
 
 
 def _not_yet(wish: int, held_s: float, delay_s: float, why: str) -> str:

@@ -174,6 +174,7 @@ def policy_of(
         upscale_delay_s=section.upscale_delay_s,
         downscale_delay_s=section.downscale_delay_s,
         downscale_to_zero_delay_s=section.downscale_to_zero_delay_s,
+        look_back_s=section.look_back_period_s,
     )
 
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.autoscale import Decision, Memory, Policy, Pool, State, decide
-from cluster.autoscale_signals import Load
+from cluster.autoscale import Decision, Memory, Policy, State, decide
+from cluster.autoscale_signals import Load, Pool
 from protos.errors import ConfigurationError
 
 _FIGURES = tuple(item.name for item in dataclasses.fields(Load))

@@ -8,8 +8,20 @@ A demand raises the pool when it is more than `RAISE_MARGIN` above the number th
 members as long as fewer would be closer to their target use than `KEEP_MARGIN`. Between the two
 nothing happens: the band that measurements may wander in.
 
-Backlogs grow for as long as new members take to start, and say nothing about how many are needed
-meanwhile; those signals wait until all members have started.
+Three kinds of signals:
+
+  flows    what comes or is computed in a second (`prefill`, `busy`): the same for any number of
+           members, so `is_steady`. Requests come at random: measured over n of them a flow wanders
+           by 1 / sqrt(n), and both margins grow with that.
+  held     what requests hold while they run (`requests`, `kv`, `state slots`): where members leave,
+           the batches of the others grow, at worst their steps in proportion, and requests that
+           take longer are more at a time. With c members, a demand d and a margin m so many are
+           kept that d (1 + m) c / kept <= kept: 2 routers at a demand of 0.6 stay 2, although one
+           would be used for 60 % only, if its steps stayed as short.
+  queues   what waits (`backlog`, a missed `ttft`, waiting `requests`): it grows for as long as new
+           members take to start, and says nothing about how many are needed meanwhile. So queues
+           do not raise before all members have started, nor while the groups are full, for which
+           no router makes up, nor beyond one router a request.
 """
 
 from __future__ import annotations
@@ -20,14 +32,20 @@ from dataclasses import dataclass
 
 RAISE_MARGIN = 0.1
 """Part by which a demand must exceed the members there are."""
+MOST_RAISE_MARGIN = 0.25
+"""The same at most, where few requests come and flows wander by more."""
 KEEP_MARGIN = 0.25
 """Part that a demand may grow by after members left, before they would be missed."""
+WANDERS_KEPT = 2.0
+"""Times that a flow wanders which are kept for at least: more than that it seldom does."""
 BUSY_ENOUGH = 0.5
 """Below this part of its target use, more members would not help a missed latency target."""
 BLAMED_SHARE = 0.5
 """From this part of the steps' time in dispatch on, a missed latency target is the groups'."""
 CLOSE_TO_TARGET = 0.7
 """Above this part of a latency target no member leaves."""
+GROUPS_FULL = 0.9
+"""From this part of the time in which groups compute on, a queue is theirs and not the routers'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +63,8 @@ class Load:
     """Of one router that does nothing else."""
     num_requests: float | None = None
     """Running and waiting."""
+    requests_per_s: float | None = None
+    """That began to answer."""
     kv_usage: float | None = None
     """Part of the KV blocks that sequences own, mean over routers."""
     state_slot_usage: float | None = None
@@ -86,6 +106,18 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """The members of one kind."""
+
+    count: int
+    """That there are to be: the last number that was applied, by whomever."""
+    ready: int
+    """That serve."""
+    unknown: int = 0
+    """Of those that are ready: no fresh measurement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Signal:
     """One measurement, and what it asks of one pool."""
 
@@ -94,24 +126,44 @@ class Signal:
     """Members at target use."""
     raises_to: int
     """The pool is to have so many at least; 0: no say."""
-    keeps: int
-    """So many may not become fewer."""
+    needs: float
+    """As far as it is concerned, so many members must stay; a fraction."""
     text: str
     """The sum, for people."""
     is_steady: bool = False
     """It measures the load itself, which does not change when members come: not a queue."""
 
+    @property
+    def keeps(self) -> int:
+        """So many may not become fewer."""
+        return math.ceil(round(self.needs, 9))
 
-def router_signals(load: Load, targets: Targets, count: int, *, is_settled: bool) -> list[Signal]:
+
+def wander_of(requests_per_s: float | None, look_back_s: float) -> float:
+    """Return by what part a flow wanders from look to look, because requests come at random.
+
+    Args:
+        requests_per_s: That usually come; None: not known.
+        look_back_s: Over which flows are measured.
+    """
+    return 1 / math.sqrt(requests_per_s * look_back_s) if requests_per_s else 0.0
+
+
+def router_signals(
+    load: Load, targets: Targets, pool: Pool, wander: float, *, is_settled: bool
+) -> list[Signal]:
     """Return what the load asks of the routers.
 
     Args:
         load: Measured.
         targets: Wanted.
-        count: Routers that there are to be now.
-        is_settled: All members have started: backlogs count.
+        pool: The routers; what is used is used of those that are ready.
+        wander: From `wander_of`.
+        is_settled: All members have started: queues count.
     """
+    count = pool.count
     signals = []
+    hinders = _hinders_queues(load, is_settled=is_settled)
     rate = load.prefill_tokens_per_s
     if rate:
         if load.prompt_tokens_per_s is not None:
@@ -120,73 +172,50 @@ def router_signals(load: Load, targets: Targets, count: int, *, is_settled: bool
                 f"{load.prompt_tokens_per_s:,.0f} prompt tokens/s come, a router prefills"
                 f" {rate:,.0f}/s, target {targets.prefill_use:.0%} of it"
             )
-            signals.append(_proportional("prefill", demand, count, text, is_steady=True))
+            signals.append(_flow("prefill", demand, count, text, wander))
         if load.waiting_tokens is not None:
-            signals.append(_backlog(load, targets, rate, count, is_settled=is_settled))
+            signals.append(_backlog(load, targets, rate, count, hinders))
         if load.batch_tokens:
             demand = load.batch_tokens / (rate * targets.prefill_use * targets.batch_drain_s)
             text = (
                 f"{load.batch_tokens:,.0f} tokens of batches wait, to be done in"
                 f" {targets.batch_drain_s:g} s"
             )
-            signals.append(_proportional("batch", demand, count, text))
+            signals.append(_flow("batch", demand, count, text, 0.0, is_steady=False))
     if load.num_requests is not None:
         demand = load.num_requests / targets.ongoing_requests
         text = f"{load.num_requests:,.0f} requests, target {targets.ongoing_requests:g} a router"
-        signals.append(_proportional("requests", demand, count, text, may_raise=is_settled))
+        signals.append(_held("requests", demand, count, text, hinders))
     for name, usage in (("kv", load.kv_usage), ("state slots", load.state_slot_usage)):
         if usage is not None:
             text = f"{usage:.0%} used, target {targets.kv_usage:.0%}"
-            signals.append(_proportional(name, count * usage / targets.kv_usage, count, text))
-    return signals
+            signals.append(_held(name, pool.ready * usage / targets.kv_usage, count, text))
+    elsewhere = ", lost elsewhere" if _is_blamed_on_groups(load) else ""
+    waits_s = load.waiting_tokens / (rate * count) if rate and load.waiting_tokens else 0.0
+    return signals + _latency(
+        load, targets, count, signals, elsewhere, waits_s=waits_s, is_settled=is_settled
+    )
 
 
-def group_signals(load: Load, targets: Targets, count: int) -> list[Signal]:
-    """Return what the load asks of the expert groups."""
-    if load.group_busy is None:
-        return []
-    demand = count * load.group_busy / targets.group_busy
-    text = f"busy {load.group_busy:.0%} of the time, target {targets.group_busy:.0%}"
-    return [_proportional("busy", demand, count, text, is_steady=True)]
-
-
-def latency_signals(
-    load: Load, targets: Targets, count: int, demand: float, *, is_blamed: bool, is_settled: bool
+def group_signals(
+    load: Load, targets: Targets, pool: Pool, wander: float, *, is_settled: bool
 ) -> list[Signal]:
-    """Return what missed latency targets ask of a pool: one member more, where that can help.
+    """Return what the load asks of the expert groups.
 
     Args:
         load: Measured.
         targets: Wanted.
-        count: Members that there are to be now.
-        demand: The largest of the pool's other signals.
-        is_blamed: The time goes by in this pool.
+        pool: The groups; what is used is used of those that are ready.
+        wander: From `wander_of`.
         is_settled: All members have started.
     """
-    signals = []
-    for name, seen_s, target_s in (
-        ("ttft", load.ttft_s, targets.ttft_s),
-        ("itl", load.itl_s, targets.itl_s),
-    ):
-        if seen_s is None or target_s is None:
-            continue
-        text = f"p95 {seen_s * 1e3:,.0f} ms, target {target_s * 1e3:,.0f} ms"
-        is_missed = seen_s > target_s
-        if is_missed and not is_blamed:
-            text += ", lost elsewhere"
-        elif is_missed and demand < BUSY_ENOUGH * count:
-            text += f", but the members are used for {demand:.1f} of {count}: more would not help"
-        does_raise = is_missed and is_blamed and is_settled and demand >= BUSY_ENOUGH * count
-        signals.append(
-            Signal(
-                name=name,
-                demand=count * min(seen_s / target_s, 1.0),
-                raises_to=count + 1 if does_raise else 0,
-                keeps=count if seen_s > CLOSE_TO_TARGET * target_s else 0,
-                text=text,
-            )
-        )
-    return signals
+    if load.group_busy is None:
+        return []
+    demand = pool.ready * load.group_busy / targets.group_busy
+    text = f"busy {load.group_busy:.0%} of the time, target {targets.group_busy:.0%}"
+    signals = [_flow("busy", demand, pool.count, text, wander)]
+    elsewhere = "" if _is_blamed_on_groups(load) else ", lost elsewhere"
+    return signals + _latency(load, targets, pool.count, signals, elsewhere, is_settled=is_settled)
 
 
 def steady_demand(signals: Sequence[Signal]) -> float:
@@ -195,12 +224,69 @@ def steady_demand(signals: Sequence[Signal]) -> float:
     return max(steady or [signal.demand for signal in signals], default=0.0)
 
 
-def is_blamed_on_groups(load: Load) -> bool:
+def _is_blamed_on_groups(load: Load) -> bool:
     """Return whether most of a step's time goes by in the expert groups."""
     return (load.dispatch_share or 0.0) >= BLAMED_SHARE
 
 
-def _backlog(load: Load, targets: Targets, rate: float, count: int, *, is_settled: bool) -> Signal:
+def _latency(
+    load: Load,
+    targets: Targets,
+    count: int,
+    signals: Sequence[Signal],
+    elsewhere: str,
+    *,
+    is_settled: bool,
+    waits_s: float = math.inf,
+) -> list[Signal]:
+    """Return what missed latency targets ask of a pool: one member more, where that can help.
+
+    Args:
+        load: Measured.
+        targets: Wanted.
+        count: Members that there are to be now.
+        signals: The pool's other signals.
+        elsewhere: Says that the time does not go by in this pool; empty: it does.
+        is_settled: All members have started.
+        waits_s: Of the time to the first token: what more members of this pool can save at most.
+    """
+    demand = max((signal.demand for signal in signals), default=0.0)
+    found = []
+    for name, seen_s, target_s, saved_s in (
+        ("ttft", load.ttft_s, targets.ttft_s, waits_s),
+        ("itl", load.itl_s, targets.itl_s, math.inf),
+    ):
+        if seen_s is None or target_s is None:
+            continue
+        text = f"p95 {seen_s * 1e3:,.0f} ms, target {target_s * 1e3:,.0f} ms"
+        hinders = elsewhere
+        if not hinders and demand < BUSY_ENOUGH * count:
+            hinders = f", but the members are used for {demand:.1f} of {count}: more would not help"
+        if not hinders and seen_s - saved_s > target_s:
+            hinders = ", but a prompt takes longer that does not wait: more would not help"
+        is_missed = seen_s > target_s
+        found.append(
+            Signal(
+                name=name,
+                demand=count * min(seen_s / target_s, 1.0),
+                raises_to=count + 1 if is_missed and is_settled and not hinders else 0,
+                needs=count if seen_s > CLOSE_TO_TARGET * target_s else 0,
+                text=text + hinders if is_missed else text,
+            )
+        )
+    return found
+
+
+def _hinders_queues(load: Load, *, is_settled: bool) -> str:
+    """Return why more routers would not shorten a queue now; empty: they would."""
+    if not is_settled:
+        return "; counts when all members have started"
+    if load.group_busy is not None and load.group_busy >= GROUPS_FULL:
+        return "; the groups are full: more routers would not help"
+    return ""
+
+
+def _backlog(load: Load, targets: Targets, rate: float, count: int, hinders: str) -> Signal:
     """What waits beyond the target is worked off beside what keeps coming."""
     assert load.waiting_tokens is not None  # the caller looked
     waits_s = load.waiting_tokens / (rate * max(count, 1))
@@ -211,32 +297,48 @@ def _backlog(load: Load, targets: Targets, rate: float, count: int, *, is_settle
         f" target {allowed_s:g} s"
     )
     if waits_s <= allowed_s:
-        return Signal(name="backlog", demand=coming, raises_to=0, keeps=0, text=text)
+        return Signal(name="backlog", demand=coming, raises_to=0, needs=0, text=text)
     demand = coming + load.waiting_tokens / (rate * targets.backlog_drain_s)
+    raises_to = max(count + 1, math.ceil(demand))
+    if load.num_requests is not None and load.num_requests < raises_to:
+        raises_to = math.ceil(load.num_requests)
+        if raises_to <= count and not hinders:
+            hinders = "; each request has a router of its own: more would not help"
     return Signal(
         name="backlog",
         demand=demand,
-        raises_to=max(count + 1, math.ceil(demand)) if is_settled else 0,
-        keeps=count,
-        text=text if is_settled else f"{text}; counts when all members have started",
+        raises_to=0 if hinders else raises_to,
+        needs=count,
+        text=text + hinders,
     )
 
 
-def _proportional(
-    name: str,
-    demand: float,
-    count: int,
-    text: str,
-    *,
-    may_raise: bool = True,
-    is_steady: bool = False,
+def _flow(
+    name: str, demand: float, count: int, text: str, wander: float, *, is_steady: bool = True
 ) -> Signal:
-    is_over = may_raise and demand > count * (1 + RAISE_MARGIN)
+    """What comes in a second; the band is wider where it wanders more."""
     return Signal(
         name=name,
         demand=demand,
-        raises_to=math.ceil(round(demand, 9)) if is_over else 0,
-        keeps=math.ceil(round(demand * (1 + KEEP_MARGIN), 9)),
+        raises_to=_raises_to(demand, count, min(wander, MOST_RAISE_MARGIN)),
+        needs=demand * (1 + max(KEEP_MARGIN, WANDERS_KEPT * wander)),
         text=text,
         is_steady=is_steady,
     )
+
+
+def _held(name: str, demand: float, count: int, text: str, hinders: str = "") -> Signal:
+    """What fewer members would hold longer, and so more of at a time."""
+    raises_to = _raises_to(demand, count, RAISE_MARGIN)
+    return Signal(
+        name=name,
+        demand=demand,
+        raises_to=0 if hinders else raises_to,
+        needs=math.sqrt(demand * (1 + KEEP_MARGIN) * count),
+        text=text + hinders if raises_to else text,
+    )
+
+
+def _raises_to(demand: float, count: int, margin: float) -> int:
+    is_over = demand > count * (1 + max(margin, RAISE_MARGIN))
+    return math.ceil(round(demand, 9)) if is_over else 0

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
-from cluster.autoscale import Pool
-from cluster.autoscale_signals import Load
+from cluster.autoscale_signals import Load, Pool
 from cluster.rates import (
     LOST,
     Status,
@@ -90,6 +89,9 @@ class StatusWindow:
             prefill_tokens_per_s=statistics.fmean(prefill) if prefill else None,
             num_requests=whole
             * sum(r.requests_running + r.requests_waiting + r.route_streams for r in last),
+            requests_per_s=whole * sum(rate.requests_per_s for rate in rates)
+            if len(rates) == len(routers)
+            else None,
             kv_usage=_mean([(r.kv_blocks_used, r.kv_blocks_total) for r in last]),
             state_slot_usage=_mean([(r.state_slots_used, r.state_slots_total) for r in last]),
             dispatch_share=statistics.fmean(rate.dispatch_share for rate in rates)

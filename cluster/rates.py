@@ -31,6 +31,8 @@ class RouterRates:
     """Part of the time that it was in steps."""
     dispatch_share: float
     """Part of its steps' time that it waited for expert groups."""
+    requests_per_s: float
+    """That got their first token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +55,14 @@ def router_rates(
     prompt = after.prompt_tokens - before.prompt_tokens
     waiting = after.waiting_tokens - before.waiting_tokens
     step_s = after.step_s - before.step_s
+    begun = sum(after.latency.first_token) - sum(before.latency.first_token)
     return RouterRates(
         prompt_tokens_per_s=prompt / seconds,
         arriving_tokens_per_s=max(0.0, (prompt + waiting) / seconds),
         generation_tokens_per_s=(after.generation_tokens - before.generation_tokens) / seconds,
         step_share=min(1.0, step_s / seconds),
         dispatch_share=min(1.0, (after.dispatch_s - before.dispatch_s) / step_s) if step_s else 0.0,
+        requests_per_s=begun / seconds,
     )
 
 

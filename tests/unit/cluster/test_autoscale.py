@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from cluster.autoscale import Bounds, Decision, Memory, Policy, Pool, State, decide
-from cluster.autoscale_signals import Load, Targets
+from cluster.autoscale import Bounds, Decision, Memory, Policy, State, decide
+from cluster.autoscale_signals import Load, Pool, Targets
 
 IDLE = Load(
     prompt_tokens_per_s=0.0,
@@ -251,8 +252,91 @@ def test_what_a_queue_called_for_stays_until_the_steady_load_falls() -> None:
     loop.hold(replace(steady, waiting_tokens=20_000), 6)
     assert loop.routers == 2
     decision = loop.hold(steady, 1000)
-    assert decision.routers.reason == "1 were too few at a load of 0.62, and it is 0.62"
+    assert decision.routers.reason == "pressure: 1 were too few at a load of 0.62, and it is 0.62"
     assert loop.hold(replace(steady, prompt_tokens_per_s=600), 61).routers.wanted == 1
+
+
+def test_what_is_used_is_used_of_the_groups_that_serve() -> None:
+    loop = Loop(groups=2)
+    # the one that serves, always busy, makes 1 / 0.7 = 1.4: the second is on its way
+    loop.hold(replace(IDLE, num_requests=9, group_busy=1.0), 100, starting=1)
+    assert loop.groups == 2
+
+
+@pytest.mark.parametrize(("num_requests", "routers"), [(20, 1), (21, 2)])
+def test_what_fewer_routers_would_hold_longer_keeps_them(num_requests: int, routers: int) -> None:
+    # one for two: twice the batch, steps of up to twice the time: d 1.25 * 2 <= 1, d = 20.4 / 51
+    load = replace(IDLE, num_requests=num_requests, prompt_tokens_per_s=1.0)
+    assert Loop(routers=2).hold(load, 200).routers.wanted == routers
+
+
+def test_few_requests_widen_the_band_both_ways() -> None:
+    # 0.9 requests/s in 10 s: 9, which wander by a third: 25 % up (the most), 67 % down
+    few = replace(IDLE, num_requests=2, requests_per_s=0.9)
+    loop = Loop()
+    assert loop.hold(replace(few, prompt_tokens_per_s=1600 * 1.24), 200).routers.wanted == 1
+    assert loop.hold(replace(few, prompt_tokens_per_s=1600 * 1.26), 200).routers.wanted == 2
+    assert loop.hold(replace(few, prompt_tokens_per_s=1600 * 0.61), 200).routers.wanted == 2
+    assert loop.hold(replace(few, prompt_tokens_per_s=1600 * 0.59), 200).routers.wanted == 1
+
+
+def test_a_lull_lasts_as_long_as_a_hundred_requests() -> None:
+    loop = Loop(groups=2)
+    load = replace(IDLE, num_requests=1, requests_per_s=0.5, group_busy=0.1)
+    assert loop.hold(load, 198).groups.reason.startswith("1 are wished for 198 of 200 s")
+    assert loop.ask(load).groups.wanted == 1
+
+
+def test_how_many_usually_come_is_forgotten_slowly() -> None:
+    loop = Loop()
+    loop.ask(replace(IDLE, requests_per_s=1.0))
+    assert loop.memory.usual_requests_per_s == 1.0
+    loop.ask(replace(IDLE, requests_per_s=None))
+    loop.hold(replace(IDLE, requests_per_s=0.0), 238)  # 4 delays of 60 s after the first
+    assert loop.memory.usual_requests_per_s == pytest.approx(1 / math.e, rel=0.02)
+
+
+def test_what_ran_before_nothing_ran_keeps_nobody() -> None:
+    loop = Loop(groups=8)
+    # 8 * 0.3 / 0.7 = 3.4, and 10 requests wander: 1.63 times that is kept; 100 take 100 s
+    loop.hold(replace(IDLE, num_requests=3, group_busy=0.3, requests_per_s=1.0), 38)
+    assert loop.hold(IDLE, 58).groups.reason.startswith("6 are wished for 98 of 100 s; busy")
+    assert loop.ask(IDLE).groups.wanted == 1, "idle for 60 s"
+
+
+def test_a_queue_of_full_groups_raises_no_routers() -> None:
+    late = replace(IDLE, prompt_tokens_per_s=1000, waiting_tokens=90_000, num_requests=200)
+    loop = Loop(replace(POLICY, groups=Bounds(least=1, most=1)))
+    decision = loop.hold(replace(late, group_busy=0.95), 100)
+    assert loop.changes == 0
+    for name in ("backlog", "requests"):
+        (text,) = (s.text for s in decision.routers.signals if s.name == name)
+        assert text.endswith("; the groups are full: more routers would not help")
+    assert loop.hold(replace(late, group_busy=0.85), 6).routers.wanted == 4
+
+
+def test_a_backlog_brings_at_most_a_router_a_request() -> None:
+    late = replace(IDLE, prompt_tokens_per_s=1600, waiting_tokens=90_000, num_requests=2)
+    loop = Loop()
+    assert loop.hold(late, 6).routers.wanted == 2, "the tokens alone ask for 3"
+    decision = loop.hold(late, 100)
+    assert loop.routers == 2
+    assert decision.routers.signals[1].text.endswith(
+        "; each request has a router of its own: more would not help"
+    )
+
+
+def test_a_prompt_that_takes_longer_than_the_target_by_itself_raises_nothing() -> None:
+    policy = replace(POLICY, targets=Targets(ttft_s=1.0))
+    slow = replace(IDLE, num_requests=30, ttft_s=1.8, prompt_tokens_per_s=1200)
+    loop = Loop(policy)
+    # 1,500 waiting tokens are 0.75 s of 2,000/s: without them it would still be 1.05 s
+    decision = loop.hold(replace(slow, waiting_tokens=1500), 100)
+    assert loop.changes == 0
+    assert decision.routers.reason.endswith(
+        "a prompt takes longer that does not wait: more would not help"
+    )
+    assert loop.hold(replace(slow, waiting_tokens=1700), 6).routers.wanted == 2
 
 
 def test_a_change_by_somebody_else_begins_the_delays_again() -> None:
@@ -267,3 +351,10 @@ def test_a_change_by_somebody_else_begins_the_delays_again() -> None:
 def test_a_dense_model_has_no_groups() -> None:
     loop = Loop(replace(POLICY, groups=Bounds(least=0, most=0)), groups=0)
     assert loop.hold(replace(IDLE, num_requests=5, group_busy=None), 200).groups.wanted == 0
+
+
+def test_a_downscale_delay_of_nothing_is_none() -> None:
+    loop = Loop(replace(POLICY, downscale_delay_s=0.0), groups=2)
+    load = replace(IDLE, num_requests=1, requests_per_s=0.1)
+    loop.ask(load)
+    assert loop.ask(load).groups.count == 1

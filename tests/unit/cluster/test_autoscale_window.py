@@ -95,6 +95,7 @@ def test_the_load_sums_over_routers_and_averages_over_groups() -> None:
         )
     load = seen.load(10.0)
     assert (load.prompt_tokens_per_s, load.waiting_tokens, load.num_requests) == (400.0, 30.0, 3.0)
+    assert load.requests_per_s == 200.0, "2,000 first tokens of one router in 10 s"
     assert (load.kv_usage, load.state_slot_usage) == (0.25, 0.1)
     assert load.prefill_tokens_per_s == 1000.0, "0 is not measured"
     assert load.group_busy == 0.75

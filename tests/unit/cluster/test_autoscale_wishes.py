@@ -1,0 +1,103 @@
+"""How long a wish must last, and what is remembered of a change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.autoscale_signals import Signal
+from cluster.autoscale_wishes import (
+    Lull,
+    PoolMemory,
+    after_change,
+    lull_s,
+    pressure_signal,
+    with_lull,
+    with_surge,
+    without_wishes,
+)
+
+MEMORY = PoolMemory(count=2)
+DELAY_S = 10.0
+
+
+def steady(demand: float, *, raises_to: int = 0) -> Signal:
+    return Signal(
+        name="busy", demand=demand, raises_to=raises_to, needs=demand, text="", is_steady=True
+    )
+
+
+def test_a_surge_counts_the_least_and_a_lull_the_most_that_was_wished() -> None:
+    memory, _ = with_surge(MEMORY, 1.0, 5)
+    memory, _ = with_surge(memory, 2.0, 3)
+    memory, surge = with_surge(memory, 3.0, 4)
+    assert (surge.since_s, surge.least) == (1.0, 3)
+    memory, lull = with_lull(memory, 4.0, 0, None)
+    assert memory.surge is None
+    memory, lull = with_lull(memory, 5.0, 1, None)
+    assert (lull.since_s, lull.most, lull.evidence_s) == (4.0, 1, 0.0)
+    assert with_surge(memory, 6.0, 3)[0].lull is None
+    assert without_wishes(memory) == MEMORY
+
+
+def test_a_lull_lasts_as_long_as_a_hundred_requests_took_before_it() -> None:
+    memory, lull = with_lull(MEMORY, 0.0, 1, 4.0)
+    assert lull_s(memory, lull, DELAY_S, -1.0) == 25.0  # 100 / 4
+    _, lull = with_lull(memory, 1.0, 1, 0.1)
+    assert lull_s(memory, lull, DELAY_S, -1.0) == 25.0, "what comes during it does not count"
+    _, busy = with_lull(MEMORY, 0.0, 1, 400.0)
+    assert lull_s(memory, busy, DELAY_S, -1.0) == DELAY_S
+
+
+@pytest.mark.parametrize(("idle_s", "delays"), [(-1.0, 16), (9.9, 16), (10.0, 4)])
+def test_few_requests_make_it_at_most_sixteen_delays_and_four_of_nothing(
+    idle_s: float, delays: int
+) -> None:
+    _, lull = with_lull(MEMORY, 0.0, 1, 0.001)
+    assert lull_s(MEMORY, lull, DELAY_S, idle_s) == delays * DELAY_S
+
+
+def changed(memory: PoolMemory, now_s: float, count: int, wanted: int) -> PoolMemory:
+    return after_change(memory, now_s, count, wanted, [steady(wanted, raises_to=wanted)], DELAY_S)
+
+
+def test_members_that_come_back_soon_stay_four_times_longer_each_time() -> None:
+    memory, now_s, lull = MEMORY, 0.0, Lull(since_s=0.0, most=1, evidence_s=0.0)
+    delays = []
+    for _ in range(4):
+        delays.append(lull_s(memory, lull, DELAY_S, -1.0))
+        memory = changed(memory, now_s, 2, 1)
+        now_s += 3 * DELAY_S
+        memory = changed(memory, now_s, 1, 2)
+    assert delays == [DELAY_S, 4 * DELAY_S, 16 * DELAY_S, 16 * DELAY_S]
+    assert lull_s(memory, lull, DELAY_S, DELAY_S) == DELAY_S, "where nothing runs it is certain"
+
+
+def test_members_that_come_back_late_were_right_to_leave() -> None:
+    memory = changed(replace(MEMORY, regrets=1), 0.0, 2, 1)
+    assert changed(memory, 160.0, 1, 2).regrets == 2  # 4 times the 40 s that they had waited
+    assert changed(memory, 161.0, 1, 2).regrets == 0
+
+
+def test_a_climb_in_several_steps_is_one_return() -> None:
+    memory = changed(MEMORY, 0.0, 2, 1)
+    memory = changed(memory, 10.0, 1, 2)
+    memory = changed(memory, 20.0, 2, 4)
+    assert memory.regrets == 1
+
+
+def test_pressure_keeps_what_a_queue_called_for_until_the_load_is_seven_tenths() -> None:
+    memory = after_change(MEMORY, 0.0, 2, 5, [steady(1.0)], DELAY_S)
+    assert (memory.pressed_count, memory.pressed_demand, memory.count) == (2, 1.0, 5)
+    for load, keeps in ((2.0, 3), (1.0, 3), (0.71, 3), (0.7, 2), (0.35, 1)):
+        pressure = pressure_signal(memory, 5, [steady(load)])
+        assert pressure is not None
+        assert pressure.keeps == keeps, load
+        assert pressure.text == f"2 were too few at a load of 1.00, and it is {load:.2f}"
+    assert pressure_signal(memory, 2, [steady(1.0)]) is None, "they have left"
+    assert pressure_signal(memory, 5, [steady(0.0)]) is None, "there is no load"
+
+
+def test_a_load_that_raises_by_itself_is_no_pressure() -> None:
+    assert changed(MEMORY, 0.0, 2, 3).pressed_count == 0
