@@ -392,9 +392,8 @@ class Scaling:
             lacking = self.site.missing_nodes()
             waits = f" (the Ray cluster lacks {lacking})" if lacking else ""
             words.append(f"starting {', '.join(starting)}{waits}")
-        leaving = [g for g in self.groups.all if self.target.groups == 0]
-        if leaving:
-            words.append(f"nobody asks for anything: {', '.join(leaving)} leave")
+        if self.target.groups == 0 and self.groups.all:
+            words.append(f"nobody asks for anything: {', '.join(self.groups.all)} leave")
         if self.plan is not None:
             epoch = self.plan.epoch
             behind = [g for g in self.plan.groups if self.groups.all[g].holds < epoch]

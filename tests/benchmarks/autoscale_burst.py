@@ -3,7 +3,7 @@
 Regime: `expertmesh serve --autoscale apply` in float32 with one expert group and one router on a
     Ray cluster whose nodes are processes of one host (`tests/cluster/fake_nodes.py`); Ray's own
     autoscaler (v2) starts and stops them, one for each group. Three clients ask for greedy
-    generations, each once in `PERIOD_S` at most; then thirty do; then three; then none.
+    generations, each once in `--period-s` at most; then thirty do; then three; then none.
 
 Meaning: `first_extra_group_s` is from the burst to the status in which another group has computed.
     The parts after it are: until the service decided, until Ray had started a node's process,
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=3)
     parser.add_argument("--burst-s", type=float, default=60.0)
     parser.add_argument("--target-busy", type=float, default=TARGET_BUSY)
+    parser.add_argument("--period-s", type=float, default=PERIOD_S)
     arguments = parser.parse_args()
     reason = obstacle()
     if reason is not None:
@@ -99,12 +100,12 @@ def main() -> None:
         def decided() -> str:
             return str(ask_decisions(address, Access(), 1).decisions[-1].groups.reason)
 
-        with Traffic([address], period_s=PERIOD_S) as calm:
+        with Traffic([address], period_s=arguments.period_s) as calm:
             eventually(lambda: calm.num_done >= 18, LONG_S)
             print(f"calm: {decided()}", flush=True)
             assert len(ask_status(address).groups) == 1, "the calm load is too much for one group"
             bursts = [
-                Traffic([address], expected=calm.expected, period_s=PERIOD_S)
+                Traffic([address], expected=calm.expected, period_s=arguments.period_s)
                 for _ in range(BURST - 1)
             ]
             began_s, began = time.time(), time.monotonic()
@@ -139,7 +140,12 @@ def main() -> None:
     print("\n".join([*map(str, failures), *lines[-60:]]))
     report(
         "autoscale_burst",
-        {"checkpoint": checkpoint.name, "groups": arguments.groups},
+        {
+            "checkpoint": checkpoint.name,
+            "groups": arguments.groups,
+            "period_s": arguments.period_s,
+            "target_busy": arguments.target_busy,
+        },
         {
             "first_extra_group_s": round(first_s, 2),
             **{name: round(seconds, 2) for name, seconds in parts.items()},
