@@ -193,7 +193,7 @@ def router_signals(
     elsewhere = ", lost elsewhere" if _is_blamed_on_groups(load) else ""
     waits_s = load.waiting_tokens / (rate * count) if rate and load.waiting_tokens else 0.0
     return signals + _latency(
-        load, targets, count, signals, elsewhere, waits_s=waits_s, is_settled=is_settled
+        load, targets, count, signals, elsewhere, saves_s=waits_s, is_settled=is_settled
     )
 
 
@@ -215,7 +215,10 @@ def group_signals(
     text = f"busy {load.group_busy:.0%} of the time, target {targets.group_busy:.0%}"
     signals = [_flow("busy", demand, pool.count, text, wander)]
     elsewhere = "" if _is_blamed_on_groups(load) else ", lost elsewhere"
-    return signals + _latency(load, targets, pool.count, signals, elsewhere, is_settled=is_settled)
+    saves_s = (load.ttft_s or 0.0) * (load.dispatch_share or 0.0)
+    return signals + _latency(
+        load, targets, pool.count, signals, elsewhere, saves_s=saves_s, is_settled=is_settled
+    )
 
 
 def steady_demand(signals: Sequence[Signal]) -> float:
@@ -236,8 +239,8 @@ def _latency(
     signals: Sequence[Signal],
     elsewhere: str,
     *,
+    saves_s: float,
     is_settled: bool,
-    waits_s: float = math.inf,
 ) -> list[Signal]:
     """Return what missed latency targets ask of a pool: one member more, where that can help.
 
@@ -248,12 +251,12 @@ def _latency(
         signals: The pool's other signals.
         elsewhere: Says that the time does not go by in this pool; empty: it does.
         is_settled: All members have started.
-        waits_s: Of the time to the first token: what more members of this pool can save at most.
+        saves_s: Of the time to the first token: what more members of this pool can save at most.
     """
     demand = max((signal.demand for signal in signals), default=0.0)
     found = []
     for name, seen_s, target_s, saved_s in (
-        ("ttft", load.ttft_s, targets.ttft_s, waits_s),
+        ("ttft", load.ttft_s, targets.ttft_s, saves_s),
         ("itl", load.itl_s, targets.itl_s, math.inf),
     ):
         if seen_s is None or target_s is None:
@@ -263,7 +266,7 @@ def _latency(
         if not hinders and demand < BUSY_ENOUGH * count:
             hinders = f", but the members are used for {demand:.1f} of {count}: more would not help"
         if not hinders and seen_s - saved_s > target_s:
-            hinders = ", but a prompt takes longer that does not wait: more would not help"
+            hinders = ", but the rest of it takes longer: more would not help"
         is_missed = seen_s > target_s
         found.append(
             Signal(

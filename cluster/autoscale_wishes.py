@@ -7,8 +7,8 @@ for the upscale delay without a break. A wish for fewer (a *lull*) must last for
                        after they had left, up to `MAX_REGRETS` times in a row; the plain delay
                        where nothing runs at all
   the evidence         as long as `EVIDENCE` requests usually take: with one request in ten seconds
-                       half a minute without any is chance and no news. At most as long as the
-                       delay can become; `RELUCTANCE` delays where nothing runs at all
+                       half a minute without any is chance and no news. `IDLE_EVIDENCE` are
+                       enough where nothing runs at all. At most as long as the delay can become
 
 and where a queue or a missed latency raised the number although the flow of work did not ask for it
 (*pressure*), the members stay until that flow has fallen by `RELIEF`: else they would come and go
@@ -27,6 +27,8 @@ RELIEF = 0.7
 """Part of the load at which pressure ends."""
 EVIDENCE = 100.0
 """Requests whose number chance changes by a tenth: less than any margin."""
+IDLE_EVIDENCE = 20.0
+"""Of so many that usually come none comes by chance once in e^20 times; of 10, once in 22,000."""
 RELUCTANCE = 4.0
 """So many times longer members stay after they left too early: from error to error it takes ever
 longer, so that there are few of them under a load that does not change."""
@@ -69,8 +71,10 @@ class PoolMemory:
     left_s: float | None = None
     """When members left; None: since then some have come."""
     regrets: int = 0
-    """Times in a row that members had to come back soon: within `RELUCTANCE` times as long as they
-    had waited to leave."""
+    """Times in a row that members had to come back soon: within 16 times as long as the lull had
+    lasted in which they left."""
+    waited_s: float = 0.0
+    """How long it had lasted."""
 
     @property
     def reluctance(self) -> float:
@@ -109,10 +113,11 @@ def lull_s(memory: PoolMemory, lull: Lull, downscale_delay_s: float, idle_s: flo
         downscale_delay_s: At least.
         idle_s: Since when nothing runs at all, known for certain.
     """
-    if idle_s >= downscale_delay_s:
-        return max(downscale_delay_s, min(lull.evidence_s, RELUCTANCE * downscale_delay_s))
+    is_idle = idle_s >= downscale_delay_s
+    evidence_s = lull.evidence_s * (IDLE_EVIDENCE / EVIDENCE if is_idle else 1.0)
     longest_s = RELUCTANCE**MAX_REGRETS * downscale_delay_s
-    return max(downscale_delay_s * memory.reluctance, min(lull.evidence_s, longest_s))
+    patience_s = downscale_delay_s * (1.0 if is_idle else memory.reluctance)
+    return max(patience_s, min(evidence_s, longest_s))
 
 
 def pressure_signal(memory: PoolMemory, count: int, signals: Sequence[Signal]) -> Signal | None:
@@ -144,9 +149,11 @@ def after_change(
     """Return what is to be remembered of a change from `count` to `wanted`."""
     changed = replace(without_wishes(memory), count=wanted)
     if wanted < count:
-        return replace(changed, left_s=now_s)
+        waited_s = now_s - memory.lull.since_s if memory.lull else 0.0
+        return replace(changed, left_s=now_s, waited_s=waited_s)
     if memory.left_s is not None:  # what came before was a step down
-        was_soon = now_s - memory.left_s <= RELUCTANCE * memory.reluctance * downscale_delay_s
+        waited_s = max(downscale_delay_s, memory.waited_s)
+        was_soon = now_s - memory.left_s <= RELUCTANCE**MAX_REGRETS * waited_s
         regrets = min(memory.regrets + 1, MAX_REGRETS) if was_soon else 0
         changed = replace(changed, regrets=regrets, left_s=None)
     steady = max((signal.raises_to for signal in signals if signal.is_steady), default=0)

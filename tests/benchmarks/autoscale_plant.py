@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 
 from cluster.autoscale import Bounds, Policy
 from cluster.autoscale_signals import Load, Targets
+from cluster.autoscale_wishes import MAX_REGRETS, RELUCTANCE
 
 SLOTS = 64
 """Sequences of one router."""
+LONGEST_LULL_DELAYS = RELUCTANCE**MAX_REGRETS
 MAX_QUEUED = 256
 """Requests that wait at one router; more are refused."""
 
@@ -214,6 +216,8 @@ def draw_trace(rng: random.Random) -> Trace:
     settle_s += 12 * answer_s + _climb_s(policy, start_s)
     if last:
         settle_s += min(300 * truth.prompt_tokens / last, 32 * policy.downscale_delay_s)
+    else:
+        settle_s += LONGEST_LULL_DELAYS * policy.downscale_delay_s
     return Trace(
         policy=policy,
         truth=truth,

@@ -333,10 +333,19 @@ def test_a_prompt_that_takes_longer_than_the_target_by_itself_raises_nothing() -
     # 1,500 waiting tokens are 0.75 s of 2,000/s: without them it would still be 1.05 s
     decision = loop.hold(replace(slow, waiting_tokens=1500), 100)
     assert loop.changes == 0
-    assert decision.routers.reason.endswith(
-        "a prompt takes longer that does not wait: more would not help"
-    )
+    assert decision.routers.reason.endswith("the rest of it takes longer: more would not help")
     assert loop.hold(replace(slow, waiting_tokens=1700), 6).routers.wanted == 2
+
+
+@pytest.mark.parametrize(("dispatch_share", "groups"), [(0.8, 1), (0.9, 2)])
+def test_groups_save_no_more_of_the_first_token_than_they_take(
+    dispatch_share: float, groups: int
+) -> None:
+    policy = replace(POLICY, targets=Targets(ttft_s=1.0))
+    # 6 s, of which 4.8 or 5.4 s are theirs
+    slow = replace(IDLE, num_requests=9, group_busy=0.6, ttft_s=6.0)
+    decision = Loop(policy).hold(replace(slow, dispatch_share=dispatch_share), 6)
+    assert decision.groups.wanted == groups
 
 
 def test_a_change_by_somebody_else_begins_the_delays_again() -> None:

@@ -50,12 +50,15 @@ def test_a_lull_lasts_as_long_as_a_hundred_requests_took_before_it() -> None:
     assert lull_s(memory, busy, DELAY_S, -1.0) == DELAY_S
 
 
-@pytest.mark.parametrize(("idle_s", "delays"), [(-1.0, 16), (9.9, 16), (10.0, 4)])
-def test_few_requests_make_it_at_most_sixteen_delays_and_four_of_nothing(
-    idle_s: float, delays: int
-) -> None:
+def test_few_requests_make_it_at_most_sixteen_delays() -> None:
     _, lull = with_lull(MEMORY, 0.0, 1, 0.001)
-    assert lull_s(MEMORY, lull, DELAY_S, idle_s) == delays * DELAY_S
+    assert lull_s(MEMORY, lull, DELAY_S, -1.0) == 160.0
+
+
+@pytest.mark.parametrize(("idle_s", "seconds"), [(9.9, 125.0), (10.0, 25.0)])
+def test_twenty_requests_that_do_not_come_are_enough(idle_s: float, seconds: float) -> None:
+    _, lull = with_lull(MEMORY, 0.0, 1, 0.8)
+    assert lull_s(MEMORY, lull, DELAY_S, idle_s) == seconds
 
 
 def changed(memory: PoolMemory, now_s: float, count: int, wanted: int) -> PoolMemory:
@@ -76,8 +79,12 @@ def test_members_that_come_back_soon_stay_four_times_longer_each_time() -> None:
 
 def test_members_that_come_back_late_were_right_to_leave() -> None:
     memory = changed(replace(MEMORY, regrets=1), 0.0, 2, 1)
-    assert changed(memory, 160.0, 1, 2).regrets == 2  # 4 times the 40 s that they had waited
+    assert changed(memory, 160.0, 1, 2).regrets == 2  # 16 delays
     assert changed(memory, 161.0, 1, 2).regrets == 0
+    waited, _ = with_lull(replace(MEMORY, regrets=1), 0.0, 1, 1.0)
+    memory = changed(waited, 20.0, 2, 1)
+    assert changed(memory, 20.0 + 320.0, 1, 2).regrets == 2  # 16 times the 20 s
+    assert changed(memory, 20.0 + 321.0, 1, 2).regrets == 0
 
 
 def test_a_climb_in_several_steps_is_one_return() -> None:
