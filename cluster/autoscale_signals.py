@@ -215,7 +215,8 @@ def group_signals(
     text = f"busy {load.group_busy:.0%} of the time, target {targets.group_busy:.0%}"
     signals = [_flow("busy", demand, pool.count, text, wander)]
     elsewhere = "" if _is_blamed_on_groups(load) else ", lost elsewhere"
-    saves_s = (load.ttft_s or 0.0) * (load.dispatch_share or 0.0)
+    # Twice as many groups halve what they take of it; what takes more is not for groups to save.
+    saves_s = (load.ttft_s or 0.0) * (load.dispatch_share or 0.0) / 2
     return signals + _latency(
         load, targets, pool.count, signals, elsewhere, saves_s=saves_s, is_settled=is_settled
     )
