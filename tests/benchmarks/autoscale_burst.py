@@ -45,7 +45,7 @@ BURST = 10
 PERIOD_S = 1.0
 IDLE_TIMEOUT_S = 6.0
 DOWNSCALE_S = 15.0
-LONG_S = 300.0
+LONG_S = 600.0
 TARGET_BUSY = 0.05
 """Of a group: between what three clients and what thirty make of it. The models are tiny, and a
 group computes only while the trunk waits."""
