@@ -8,6 +8,7 @@ sequences: `router.engine.engine` starts it, and tells it of calls through the i
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -38,6 +39,9 @@ from router.engine.sequence import Sequence, SequenceState
 from router.engine.spill import MAX_RESTARTS, build_alone
 
 logger = logging.getLogger(__name__)
+
+PROBE_WAIT_S = 0.005
+"""A tier that is near answers in less than a millisecond."""
 
 
 class EngineCore:
@@ -102,8 +106,9 @@ class EngineCore:
             Whether the model ran.
         """
         begin = self._clock()
-        if self._inbox.has_calls:
-            self._take_calls(begin)
+        if self._inbox.has_calls and self._take_calls(begin):
+            self._await_probes(begin)
+            begin = self._clock()
         if begin >= self._next_deadline:
             self._expire(begin)
         chunks = [] if self._inbox.is_asleep else self._scheduler.schedule(begin)
@@ -125,7 +130,18 @@ class EngineCore:
                 self._restorer.note_step(chunks, num_decoding, seconds)
         return has_batch
 
-    def _take_calls(self, now: float) -> None:
+    def _await_probes(self, now: float) -> None:
+        """Give the tier a moment to answer for new interactive sequences, where they would wait out
+        a step of batch work for it."""
+        until = time.monotonic() + PROBE_WAIT_S
+        while self._scheduler.probes_beside_batch and time.monotonic() < until:
+            self._inbox.wait(lambda: until - time.monotonic())
+            if self._inbox.is_stopped:
+                return
+            self._take_calls(now)
+
+    def _take_calls(self, now: float) -> bool:
+        """Do what other threads asked for; return whether sequences came."""
         scheduler = self._scheduler
 
         def queue(sequence: Sequence) -> None:
@@ -145,6 +161,7 @@ class EngineCore:
                 self._finish(sequence, self._output(sequence), FinishReason.CANCELLED, now)
         for call in self._inbox.take_posted():
             call()
+        return bool(submitted)
 
     def _expire(self, now: float) -> None:
         """End the sequences whose deadline has passed and find the next deadline."""

@@ -2,12 +2,14 @@
 
 Interactive sequences come first in the queue, in the tokens of a step, and when blocks run out; an
 interactive sequence that finds no seat or no blocks takes those of the newest batch sequence, which
-waits and comes back with all its tokens. Two things more keep the time to an interactive first
+waits and comes back with all its tokens. Three things more keep the time to an interactive first
 token near to what it is without a batch:
 
 - a step that prefills an interactive prompt leaves all batch sequences out, decoding ones too;
 - while interactive requests come, the prompts of batch sequences get a sixteenth of a step's
-  tokens, so that no step in which an interactive request arrives is long.
+  tokens, so that no step in which an interactive request arrives is long;
+- a step of batch work alone waits some milliseconds for the tier to say how much of a prompt that
+  has just come can be restored (`EngineCore`), instead of keeping it waiting for a whole step.
 
 The share that batch work keeps: every eighth step takes it along, whatever waits. It has no claim
 to seats or blocks: as long as interactive requests fill them all, it waits.

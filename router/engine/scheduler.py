@@ -104,6 +104,12 @@ class Scheduler:
         """Whether any sequence waits for a step."""
         return bool(self.waiting or self.prefilling or self.rows.sequences or self.spilling)
 
+    @property
+    def probes_beside_batch(self) -> bool:
+        """Whether an interactive sequence is probed, and a step meanwhile were batch work alone."""
+        has_probed = any(sequence.is_interactive for sequence in self.probing)
+        return has_probed and self.has_work and not self._has_interactive()
+
     def add(self, sequence: Sequence) -> None:
         """Put a sequence into the queue, by its order."""
         _insert(self.waiting, sequence)

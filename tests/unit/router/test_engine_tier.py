@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,14 @@ from hypothesis import strategies as st
 
 from protos.errors import DeadlineExceededError
 from router.engine.engine import Engine
-from router.engine.request import EngineRequest, FinishReason, SessionHint, StepOutput
-from router.engine.tier import TtlClass
+from router.engine.request import (
+    EngineRequest,
+    FinishReason,
+    Priority,
+    SessionHint,
+    StepOutput,
+)
+from router.engine.tier import Probe, ProbeResult, TtlClass
 from tests.unit.router.engine_harness import (
     VOCAB,
     Outputs,
@@ -78,6 +85,47 @@ def test_another_router_goes_on_where_the_first_one_stopped() -> None:
 def test_without_a_session_multiples_of_128_are_found() -> None:
     tier = filled()
     assert one(tier, engine_of(tier), request_of("b", [*PROMPT, 5], max_tokens=3)) == 384
+
+
+def beside_a_batch(tier: MemoryTier) -> tuple[Engine, Outputs]:
+    """An engine in the midst of a batch sequence, and an interactive request that just came."""
+    engine, outputs = engine_of(tier), Outputs()
+    rows = request_of(
+        "row", tokens_of(2, 300), max_tokens=50, ignore_eos=True, priority=Priority.BATCH
+    )
+    engine.submit(rows, outputs)
+    while not outputs.tokens["row", 0]:
+        engine.step()
+        tier.pump()
+    engine.submit(request_of("person", tokens_of(3, 300), max_tokens=3), outputs)
+    return engine, outputs
+
+
+def test_the_tier_answers_before_a_step_of_batch_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NearTier(MemoryTier):
+        def probe(self, query: Probe, done: Callable[[ProbeResult], None]) -> None:
+            super().probe(query, done)
+            threading.Timer(0.05, self.pump).start()  # the step is about to begin by then
+
+    monkeypatch.setattr("router.engine.core.PROBE_WAIT_S", 60.0)
+    engine, outputs = beside_a_batch(NearTier())
+    row_tokens = len(outputs.tokens["row", 0])
+    engine.step()
+    assert outputs.progress["person", 0], "its prompt is in the very next step"
+    assert len(outputs.tokens["row", 0]) == row_tokens, "without the batch"
+    engine.stop()
+
+
+def test_a_tier_that_does_not_answer_holds_up_a_batch_for_a_moment() -> None:
+    tier = MemoryTier()
+    engine, outputs = beside_a_batch(tier)
+    row_tokens = len(outputs.tokens["row", 0])
+    assert engine.step()
+    assert engine.step()
+    assert len(outputs.tokens["row", 0]) == row_tokens + 2
+    assert not outputs.progress["person", 0]
+    run_with(tier, engine)
+    assert outputs.last["person", 0].finish_reason is not None
 
 
 def test_the_pool_comes_first() -> None:
