@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 RAISE_MARGIN = 0.1
-"""Part by which a demand must exceed the members there are."""
+"""Part by which a demand must exceed the members there are, and a latency its target."""
 MOST_RAISE_MARGIN = 0.25
 """The same at most, where few requests come and flows wander by more."""
 KEEP_MARGIN = 0.25
@@ -268,7 +268,7 @@ def _latency(
             hinders = f", but the members are used for {demand:.1f} of {count}: more would not help"
         if not hinders and seen_s - saved_s > target_s:
             hinders = ", but the rest of it takes longer: more would not help"
-        is_missed = seen_s > target_s
+        is_missed = seen_s > (1 + RAISE_MARGIN) * target_s
         found.append(
             Signal(
                 name=name,

@@ -151,12 +151,14 @@ def after_change(
     if wanted < count:
         waited_s = now_s - memory.lull.since_s if memory.lull else 0.0
         return replace(changed, left_s=now_s, waited_s=waited_s)
+    if not count:  # it slept, and what woke it was no error
+        return replace(changed, left_s=None)
     if memory.left_s is not None:  # what came before was a step down
         waited_s = max(downscale_delay_s, memory.waited_s)
         was_soon = now_s - memory.left_s <= RELUCTANCE**MAX_REGRETS * waited_s
         regrets = min(memory.regrets + 1, MAX_REGRETS) if was_soon else 0
         changed = replace(changed, regrets=regrets, left_s=None)
     steady = max((signal.raises_to for signal in signals if signal.is_steady), default=0)
-    if count and steady < wanted:  # the steady load alone would not have raised it so far
+    if steady < wanted:  # the steady load alone would not have raised it so far
         return replace(changed, pressed_count=count, pressed_demand=steady_demand(signals))
     return changed

@@ -237,6 +237,13 @@ def test_a_missed_latency_target_adds_one_member_where_the_time_goes_by() -> Non
     assert (in_routers.groups.wanted, in_routers.routers.wanted) == (1, 2)
 
 
+def test_a_target_missed_by_less_than_a_tenth_is_chance() -> None:
+    policy = replace(POLICY, targets=Targets(itl_s=0.05))
+    slow = replace(IDLE, num_requests=30, group_busy=0.6, dispatch_share=0.8)
+    assert Loop(policy).hold(replace(slow, itl_s=0.054), 100).groups.wanted == 1
+    assert Loop(policy).hold(replace(slow, itl_s=0.056), 6).groups.wanted == 2
+
+
 def test_members_that_are_not_used_do_not_help_a_missed_target() -> None:
     policy = replace(POLICY, targets=Targets(ttft_s=0.5))
     slow = replace(IDLE, num_requests=1, ttft_s=2.0)

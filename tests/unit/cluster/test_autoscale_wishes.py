@@ -87,6 +87,12 @@ def test_members_that_come_back_late_were_right_to_leave() -> None:
     assert changed(memory, 20.0 + 321.0, 1, 2).regrets == 0
 
 
+def test_waking_up_is_no_return_of_members_that_left_too_early() -> None:
+    asleep = changed(replace(MEMORY, regrets=1), 0.0, 2, 0)
+    awake = changed(asleep, 1.0, 0, 2)
+    assert (awake.regrets, awake.left_s, awake.pressed_count) == (1, None, 0)
+
+
 def test_a_climb_in_several_steps_is_one_return() -> None:
     memory = changed(MEMORY, 0.0, 2, 1)
     memory = changed(memory, 10.0, 1, 2)
