@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from tests.eventually import eventually
 from tests.unit.router.gateway_service import ScriptModel
 from tests.unit.router.hash_model import HashModel
 
@@ -26,6 +27,15 @@ class Brake:
     def is_stopped(self) -> bool:
         """Whether a step waits."""
         return not self.runs.is_set()
+
+    def go_on(self, steps: int | None = None) -> None:
+        """Wait until a step waits, then let it run, and more as `stop_after` has it.
+
+        A client sees a step's token before the next step comes to wait.
+        """
+        eventually(lambda: self.is_stopped)
+        self.stop_after(steps)
+        self.runs.set()
 
     def brake(self, batch: Any) -> None:
         """Wait, where the steps are used up."""

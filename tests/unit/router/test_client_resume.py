@@ -64,7 +64,7 @@ def collect(client: Client, proxy: TcpProxy, model: HashScript, at: int, **optio
         if len(completion.token_ids) == at and not is_cut:
             is_cut = True
             proxy.cut()
-            model.stop_after(None)
+            model.go_on()
     assert is_cut
     return events, completion
 
@@ -96,13 +96,14 @@ def test_a_drawn_seed_and_hidden_ids_go_on_too(
     first, second = pair
     with breakable(first, second) as (proxy, client):
         first.model.stop_after(6)
-        events, text = [], ""
+        events, text, is_cut = [], "", False
         for event in client.generate(PROMPT, return_token_ids=False, **OPTIONS):
             events.append(event)
             text += event.text if isinstance(event, Delta) else ""
-            if isinstance(event, Delta) and first.model.is_stopped:
+            if isinstance(event, Delta) and not is_cut:
+                is_cut = True
                 proxy.cut()
-                first.model.stop_after(None)
+                first.model.go_on()
     assert not any(event.token_ids for event in events if isinstance(event, Delta))
     (accepted,) = [event for event in events if isinstance(event, Accepted)]
     assert text == second.client.complete(PROMPT, seed=accepted.seed, **OPTIONS).text
@@ -115,12 +116,13 @@ def test_one_router_whose_connection_comes_back(
     whole = second.client.complete(PROMPT, seed=3, **OPTIONS)
     with proxied(first.address) as proxy, Client(proxy.address, QUICK) as client:
         first.model.stop_after(5)
-        completion = Completion()
+        completion, is_cut = Completion(), False
         for event in client.generate(PROMPT, seed=3, **OPTIONS):
             completion.add(event)
-            if len(completion.token_ids) == 5 and first.model.is_stopped:
+            if len(completion.token_ids) == 5 and not is_cut:
+                is_cut = True
                 proxy.cut(for_good=False)
-                first.model.stop_after(None)
+                first.model.go_on()
     assert completion.token_ids == whole.token_ids
     assert proxy.num_connections >= 2
 
@@ -133,12 +135,13 @@ async def test_the_async_client_goes_on_too(
     with proxied(first.address) as proxy:
         async with AsyncClient([proxy.address, second.address], QUICK) as client:
             first.model.stop_after(9)
-            completion = Completion()
+            completion, is_cut = Completion(), False
             async for event in client.generate(PROMPT, seed=3, **OPTIONS):
                 completion.add(event)
-                if len(completion.token_ids) == 9 and first.model.is_stopped:
+                if len(completion.token_ids) == 9 and not is_cut:
+                    is_cut = True
                     proxy.cut()
-                    first.model.stop_after(None)
+                    await asyncio.to_thread(first.model.go_on)
     assert completion.token_ids == whole.token_ids
 
 
@@ -217,19 +220,18 @@ def test_a_long_stream_teaches_the_client_the_other_routers() -> None:
         client = stack.enter_context(Client(proxy.address, QUICK))
         whole = second.client.complete(PROMPT, seed=3, **OPTIONS)
         first.model.stop_after(4)
-        completion = Completion()
+        completion, is_old = Completion(), False
         for event in client.generate(PROMPT, seed=3, **OPTIONS):
             completion.add(event)
-            if len(completion.token_ids) == 4 and first.model.is_stopped:
+            if len(completion.token_ids) == 4 and not is_old:
                 # The next token comes when the stream is old enough to ask.
-                begun = time.monotonic()
+                is_old, begun = True, time.monotonic()
                 eventually(lambda begun=begun: time.monotonic() - begun > 1.1)
-                first.model.stop_after(1)
-                first.model.runs.set()
+                first.model.go_on(1)
             elif len(completion.token_ids) == 5 and len(client.addresses) == 1:
                 eventually(lambda: len(client.addresses) == 2)
                 proxy.cut()
-                first.model.stop_after(None)
+                first.model.go_on()
         assert client.addresses == [proxy.address, second.address]
         assert completion.token_ids == whole.token_ids
 
