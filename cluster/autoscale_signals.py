@@ -44,6 +44,8 @@ BLAMED_SHARE = 0.5
 """From this part of the steps' time in dispatch on, a missed latency target is the groups'."""
 CLOSE_TO_TARGET = 0.7
 """Above this part of a latency target no member leaves."""
+SEATS_FULL = 0.95
+"""From this part of the state slots on, requests wait for one of them to end."""
 GROUPS_FULL = 0.9
 """From this part of the time in which groups compute on, a queue is theirs and not the routers'."""
 
@@ -215,8 +217,10 @@ def group_signals(
     text = f"busy {load.group_busy:.0%} of the time, target {targets.group_busy:.0%}"
     signals = [_flow("busy", demand, pool.count, text, wander)]
     elsewhere = "" if _is_blamed_on_groups(load) else ", lost elsewhere"
-    # Twice as many groups halve what they take of it; what takes more is not for groups to save.
-    saves_s = (load.ttft_s or 0.0) * (load.dispatch_share or 0.0) / 2
+    # Twice as many groups halve what they take of it; what takes more is not for groups to save,
+    # nor is a wait for a router's seat: if they are why seats are full, they are busy.
+    has_seats = (load.state_slot_usage or 0.0) < SEATS_FULL
+    saves_s = (load.ttft_s or 0.0) * (load.dispatch_share or 0.0) / 2 if has_seats else 0.0
     return signals + _latency(
         load, targets, pool.count, signals, elsewhere, saves_s=saves_s, is_settled=is_settled
     )

@@ -355,6 +355,14 @@ def test_groups_save_at_most_half_of_what_they_take_of_the_first_token(
     assert decision.groups.wanted == groups
 
 
+@pytest.mark.parametrize(("seats", "groups"), [(0.9, 2), (1.0, 1)])
+def test_groups_do_not_shorten_a_wait_for_seats(seats: float, groups: int) -> None:
+    policy = replace(POLICY, routers=Bounds(least=1, most=1), targets=Targets(ttft_s=4.0))
+    slow = replace(IDLE, num_requests=90, group_busy=0.6, ttft_s=6.0, dispatch_share=0.7)
+    decision = Loop(policy).hold(replace(slow, state_slot_usage=seats), 6)
+    assert decision.groups.wanted == groups
+
+
 def test_a_change_by_somebody_else_begins_the_delays_again() -> None:
     loop = Loop(groups=4)
     loop.hold(IDLE, 50)
