@@ -28,14 +28,9 @@ class Brake:
         """Whether a step waits."""
         return not self.runs.is_set()
 
-    def go_on(self, steps: int | None = None) -> None:
-        """Wait until a step waits, then let it run, and more as `stop_after` has it.
-
-        A client sees a step's token before the next step comes to wait.
-        """
+    def wait_until_stopped(self) -> None:
+        """Wait until a step waits: a client sees a token before the next step comes to that."""
         eventually(lambda: self.is_stopped)
-        self.stop_after(steps)
-        self.runs.set()
 
     def brake(self, batch: Any) -> None:
         """Wait, where the steps are used up."""

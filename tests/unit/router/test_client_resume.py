@@ -63,8 +63,9 @@ def collect(client: Client, proxy: TcpProxy, model: HashScript, at: int, **optio
         completion.add(event)
         if len(completion.token_ids) == at and not is_cut:
             is_cut = True
+            model.wait_until_stopped()
             proxy.cut()
-            model.go_on()
+            model.stop_after(None)
     assert is_cut
     return events, completion
 
@@ -102,8 +103,9 @@ def test_a_drawn_seed_and_hidden_ids_go_on_too(
             text += event.text if isinstance(event, Delta) else ""
             if isinstance(event, Delta) and not is_cut:
                 is_cut = True
+                first.model.wait_until_stopped()
                 proxy.cut()
-                first.model.go_on()
+                first.model.stop_after(None)
     assert not any(event.token_ids for event in events if isinstance(event, Delta))
     (accepted,) = [event for event in events if isinstance(event, Accepted)]
     assert text == second.client.complete(PROMPT, seed=accepted.seed, **OPTIONS).text
@@ -121,8 +123,9 @@ def test_one_router_whose_connection_comes_back(
             completion.add(event)
             if len(completion.token_ids) == 5 and not is_cut:
                 is_cut = True
+                first.model.wait_until_stopped()
                 proxy.cut(for_good=False)
-                first.model.go_on()
+                first.model.stop_after(None)
     assert completion.token_ids == whole.token_ids
     assert proxy.num_connections >= 2
 
@@ -140,8 +143,9 @@ async def test_the_async_client_goes_on_too(
                 completion.add(event)
                 if len(completion.token_ids) == 9 and not is_cut:
                     is_cut = True
+                    await asyncio.to_thread(first.model.wait_until_stopped)
                     proxy.cut()
-                    await asyncio.to_thread(first.model.go_on)
+                    first.model.stop_after(None)
     assert completion.token_ids == whole.token_ids
 
 
@@ -227,11 +231,14 @@ def test_a_long_stream_teaches_the_client_the_other_routers() -> None:
                 # The next token comes when the stream is old enough to ask.
                 is_old, begun = True, time.monotonic()
                 eventually(lambda begun=begun: time.monotonic() - begun > 1.1)
-                first.model.go_on(1)
+                first.model.wait_until_stopped()
+                first.model.stop_after(1)
+                first.model.runs.set()
             elif len(completion.token_ids) == 5 and len(client.addresses) == 1:
                 eventually(lambda: len(client.addresses) == 2)
+                first.model.wait_until_stopped()
                 proxy.cut()
-                first.model.go_on()
+                first.model.stop_after(None)
         assert client.addresses == [proxy.address, second.address]
         assert completion.token_ids == whole.token_ids
 
