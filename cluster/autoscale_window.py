@@ -105,8 +105,9 @@ class StatusWindow:
     def groups_to_hold(self, expert_bytes: int) -> int:
         """Return how many groups hold one copy of all experts, whichever of them they are.
 
-        The smallest are counted first. Where a group has not said what it can hold, or all
-        together cannot, that is every group. Of a service that sleeps, as many as before.
+        The smallest are counted first, of those that have said what they can hold: who is still
+        starting must not make the others too few. Where they cannot together, that is every group.
+        Of a service that sleeps, as many as before.
         """
         if not self._groups:
             return self._enough
@@ -114,12 +115,10 @@ class StatusWindow:
         return self._enough
 
     def _count_to_hold(self, expert_bytes: int) -> int:
-        last = [seen[-1].status.capacity_bytes for seen in self._groups.values() if seen]
-        if len(last) < len(self._groups) or not all(last):
-            return max(1, len(self._groups))
-        held = list(itertools.accumulate(sorted(last)))
-        enough = next((n for n, total in enumerate(held, 1) if total >= expert_bytes), len(held))
-        return max(1, enough)
+        said = [seen[-1].status.capacity_bytes for seen in self._groups.values() if seen]
+        held = list(itertools.accumulate(sorted(filter(None, said))))
+        enough = next((n for n, total in enumerate(held, 1) if total >= expert_bytes), None)
+        return max(1, len(self._groups) if enough is None else enough)
 
     def _note(
         self, members: dict[str, deque[_Seen[Status]]], now_s: float, statuses: Sequence[Status]

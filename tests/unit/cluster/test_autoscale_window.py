@@ -150,4 +150,5 @@ def test_groups_must_hold_every_expert_whichever_leave() -> None:
     seen.add(0.0, status(group(capacity_bytes=100), group("b", capacity_bytes=30)))
     assert [seen.groups_to_hold(need) for need in (30, 31, 130, 500)] == [1, 2, 2, 2]
     seen.add(2.0, status(group(capacity_bytes=100), group("b")))
-    assert seen.groups_to_hold(1) == 2, "one does not say what it can hold"
+    assert seen.groups_to_hold(1) == 1, "one that has not said what it can hold changes nothing"
+    assert seen.groups_to_hold(101) == 2
