@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -45,7 +46,7 @@ class BatchOptions(TypedDict, total=False):
     max_failure_rate: float
 
 
-class BatchCalls:
+class BatchCalls(ABC):
     """The part of `Client` for batches."""
 
     _routers: Routers
@@ -115,14 +116,16 @@ class BatchCalls:
         answer: batch_pb2.Batch = self._unary(method, request)
         return answer
 
+    @abstractmethod
     def _unary(self, method: Callable[[Router], Any], request: Any) -> Any:
-        raise NotImplementedError
+        """Call a router, and another where one dies."""
 
+    @abstractmethod
     def _attempts(self, timeout_s: float) -> Attempts:
-        raise NotImplementedError
+        """Return the tries of one call."""
 
 
-class AsyncBatchCalls:
+class AsyncBatchCalls(ABC):
     """The part of `AsyncClient` for batches; see `BatchCalls`."""
 
     _routers: Routers
@@ -188,11 +191,13 @@ class AsyncBatchCalls:
         answer: batch_pb2.Batch = await self._unary(method, request)
         return answer
 
+    @abstractmethod
     async def _unary(self, method: Callable[[Router], Any], request: Any) -> Any:
-        raise NotImplementedError
+        """Call a router, and another where one dies."""
 
+    @abstractmethod
     def _attempts(self, timeout_s: float) -> Attempts:
-        raise NotImplementedError
+        """Return the tries of one call."""
 
 
 def _create_request(
