@@ -11,7 +11,8 @@ What keeps the numbers calm, beside the margins of `cluster.autoscale_signals`:
              of the number, whoever made it, begins both again.
   doubt      few requests tell little, and members that left too early stay longer the next time;
              what a queue called for stays until the load falls (`cluster.autoscale_wishes`).
-  starting   while members start, backlogs do not count, and nothing leaves.
+  starting   while members start, backlogs do not count, and only those that start may leave:
+             what they would change of the load of the others has not been seen.
   blindness  a member whose measurement is missing or old ends every wish for fewer.
 
 Never below `least`, nor, for groups, below what holds a copy of every expert. Only a pool whose
@@ -152,7 +153,6 @@ def decide(state: State) -> Decision:
         policy=state.policy,
         usual_requests_per_s=usual_requests_per_s,
         num_blind=blind,
-        is_settled=is_settled,
         has_work=bool(load.num_requests or load.batch_tokens),
         idle_s=-1.0 if idle_since_s is None else state.now_s - idle_since_s,
     )
@@ -196,7 +196,6 @@ class _Circumstances:
     policy: Policy
     usual_requests_per_s: float | None
     num_blind: int
-    is_settled: bool
     has_work: bool
     idle_s: float
     """Negative: not idle, or not known to be."""
@@ -297,8 +296,6 @@ def _wanted(
     if wish < count:
         if around.num_blind:
             return count, f"{wish} would do, but {around.num_blind} measurements are missing", calm
-        if not around.is_settled:
-            return count, f"{wish} would do, but members are still starting", calm
         memory, lull = with_lull(memory, now_s, wish, around.usual_requests_per_s)
         held_s = now_s - lull.since_s
         delay_s = lull_s(memory, lull, policy.downscale_delay_s, around.idle_s)
@@ -306,6 +303,9 @@ def _wanted(
             return count, _not_yet(lull.most, held_s, delay_s, why), memory
         # Nothing to do is no matter of chance: what was wished before it does not count.
         fewer = wish if around.idle_s >= policy.downscale_delay_s else lull.most
+        # A node that never comes must not keep what it was asked for with; who serves stays as
+        # long as others start.
+        fewer = max(fewer, pool.ready) if pool.ready < count else fewer
         return fewer, f"{why}; for {held_s:.0f} s", memory
     return count, why, calm
 

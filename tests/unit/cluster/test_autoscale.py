@@ -186,10 +186,23 @@ def test_what_is_not_measured_is_kept(what: str) -> None:
     assert loop.ask(IDLE).routers.wanted == 1
 
 
-def test_nothing_leaves_while_members_start() -> None:
+def test_while_members_start_only_those_leave() -> None:
+    """A node that never comes keeps nobody for ever."""
+    loop = Loop(groups=4)
+    light = replace(IDLE, num_requests=9, group_busy=0.1)
+    assert loop.hold(light, 58, starting=2).is_hold
+    decision = loop.ask(light, starting=2)
+    assert decision.groups.wanted == 2, "1 is wished, but 2 serve"
+    assert loop.hold(light, 58).is_hold, "the delay begins again"
+    assert loop.ask(light).groups.wanted == 1
+
+
+def test_routers_leave_while_a_group_starts_that_the_load_asks_for() -> None:
     loop = Loop(routers=2, groups=2)
-    loop.hold(IDLE, 500, starting=1)
-    assert loop.changes == 0
+    # the one that serves, always busy, makes 1 / 0.7 = 1.4
+    full = replace(IDLE, num_requests=9, group_busy=1.0)
+    assert loop.hold(full, 60, starting=1).routers.wanted == 1
+    assert loop.groups == 2
 
 
 def test_idle_groups_go_to_sleep_where_they_may_and_wake_at_the_first_request() -> None:
