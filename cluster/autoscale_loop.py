@@ -72,6 +72,8 @@ class AutoscaleLoop:
         self._clock = clock
         self._expert_bytes = expert_bytes
         self._memory = Memory()
+        self._silent: dict[str, float] = {}
+        """Address -> when it last did not answer."""
         self._window = StatusWindow(
             look_back_s=section.look_back_period_s, stale_s=STALE_INTERVALS * section.interval_s
         )
@@ -128,14 +130,24 @@ class AutoscaleLoop:
                 log.exception("autoscale.failed")
 
     def _observe(self, membership: Membership) -> cluster_pb2.ClusterStatus | None:
-        """Ask the routers one after the other until one answers, within `interval_s`."""
+        """Ask the routers one after the other until one answers, within `interval_s`.
+
+        Who did not answer is asked last: an address that swallows questions takes the whole time.
+        """
         deadline = self._clock() + self._section.interval_s
-        for router_id, address in membership.routers.items():
+        silent = {a: at for a, at in self._silent.items() if a in membership.routers.values()}
+        self._silent = silent
+        for router_id, address in sorted(
+            membership.routers.items(), key=lambda router: silent.get(router[1], -math.inf)
+        ):
             if self._ended.is_set() or self._clock() >= deadline:
                 break
             try:
-                return self._ask(address)
+                status = self._ask(address)
+                silent.pop(address, None)
+                return status
             except ExpertMeshError as error:
+                silent[address] = self._clock()
                 log.info("autoscale.no_answer router=%s why=%s", router_id, error.message)
         return None
 

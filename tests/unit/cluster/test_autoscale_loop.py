@@ -102,6 +102,9 @@ def test_questions_end_with_the_interval() -> None:
     assert service.asked == ["dead"], "no time is left for the second router"
     assert decision.is_hold
     assert decision.routers.reason == "nothing is measured"
+    loop._ask = service.ask
+    loop.decide_once()
+    assert service.asked == ["dead", "alive:2"], "who was silent is asked last"
 
 
 def test_the_thread_decides_and_ends() -> None:
