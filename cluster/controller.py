@@ -330,7 +330,7 @@ def _number_of_groups(observed: Observed, target: Target, now: float) -> list[Ac
     staying = [g for g, view in observed.groups.items() if view.phase is not GroupPhase.LEAVING]
     excess = len(staying) - target.groups
     if excess < 0 and now >= observed.retry_at:
-        return [StartGroup(name) for name in _free_names(observed.groups, -excess)]
+        return [StartGroup(name) for name in _free_names(observed.groups, target, -excess)]
     # Newest first. Those that hold experts leave when a placement without them is in force.
     placements = (observed.placement, observed.plan)
     named = {group for placement in placements if placement for group in placement.groups}
@@ -339,8 +339,10 @@ def _number_of_groups(observed: Observed, target: Target, now: float) -> list[Ac
     return [StopGroup(g) for g in useless[::-1][: max(0, excess)]]
 
 
-def _free_names(taken: Mapping[str, GroupView], count: int) -> list[str]:
-    names = (f"group-{i}" for i in range(len(taken) + count))
+def _free_names(taken: Mapping[str, GroupView], target: Target, count: int) -> list[str]:
+    """Return names for new groups: those first that have a share of their own."""
+    numbered = (f"group-{i}" for i in range(len(taken) + len(target.capacities) + count))
+    names = dict.fromkeys([*target.capacities, *numbered])
     return [name for name in names if name not in taken][:count]
 
 
@@ -422,6 +424,9 @@ def _number_of_routers(observed: Observed, target: Target) -> list[Action]:
     missing = target.routers - len(names)
     if missing >= 0:
         return [AddRouter()] * missing
-    leaving = [name for name in names if name in target.leaving]
-    leaving += [name for name in names[::-1] if name not in target.leaving]
-    return [DrainRouter(name) for name in leaving[:-missing]]
+
+    def stays(name: str) -> tuple[bool, bool]:
+        return name not in target.leaving, observed.routers[name].is_up
+
+    newest_first = names[::-1]
+    return [DrainRouter(name) for name in sorted(newest_first, key=stays)[:-missing]]

@@ -279,6 +279,22 @@ def test_the_newest_groups_and_routers_leave_first_and_those_that_are_named_befo
     assert (list(world.groups), list(world.routers)) == (["group-1"], ["router-1"])
 
 
+def test_a_router_that_does_not_serve_leaves_before_one_that_does() -> None:
+    world = World.of(1, 3)
+    world.routers["router-0"] = RouterView(is_up=False, follows=0)
+    observed = world.observe()
+    assert step(observed, Target(groups=1, routers=2), 0.0) == [DrainRouter("router-0")]
+    two = [DrainRouter("router-0"), DrainRouter("router-2")]
+    assert step(observed, Target(groups=1, routers=1), 0.0) == two
+
+
+def test_new_groups_take_the_names_that_have_shares_of_their_own() -> None:
+    world = World.of(1, 1)
+    shares = {"group-0": 1.0, "big": 2.0}
+    target = Target(groups=3, routers=1, capacities=shares)
+    assert step(world.observe(), target, 0.0) == [StartGroup("big"), StartGroup("group-1")]
+
+
 def test_a_dead_groups_experts_go_to_those_that_are_left_before_it_is_back() -> None:
     world = World.of(3, 1)
     world.kill("group-1")
