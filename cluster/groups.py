@@ -8,7 +8,9 @@ What a group holds is not decided here (`cluster.controller`); here is only that
 ended holds nothing any more. Nothing here blocks: the owner waits for the references and says which
 one finished. When a process starts again, and when it is given up: `cluster.restarts`.
 
-A group that never came up within `start_timeout_s` is ended and forgotten; `trouble` says why.
+A group that does not come up within `start_timeout_s`, for the first time or again, is ended and
+forgotten, and its place given back; `trouble` says why. Most likely its node does not come: that is
+no fault of the group, and the others serve.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from cluster.routers import Calls
 from protos.errors import DeadlineExceededError, ExpertMeshError, GroupLostError
 
 log = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 30.0
+"""How long a group gets to close its port before it is killed."""
 
 
 class Phase(Enum):
@@ -89,7 +94,7 @@ class Group:
     restarts: Restarts = field(default_factory=Restarts)
     retry_at: float = 0.0
     deadline: float = float("inf")
-    """By when its process must run."""
+    """By when its process must run, or have stopped."""
 
     def view(self) -> GroupView:
         """Return what the controller sees."""
@@ -163,11 +168,15 @@ class Groups:
     def stop(self, group_id: str) -> None:
         """End a group and give its place back."""
         group = self.all[group_id]
-        group.deadline = float("inf")
         if group.phase is not Phase.UP:
             self._forget(group)
             return
+        group.deadline = self.clock() + STOP_TIMEOUT_S
         group.phase, group.pending = Phase.STOP, group.actor.call(Phase.STOP.value)
+
+    def end(self, group_id: str, error: ExpertMeshError) -> None:
+        """End a process that answers no more; it starts again."""
+        self._died(self.all[group_id], error)
 
     def tick(self) -> None:
         """Start the groups whose backoff is over, and end starts that take too long."""
@@ -175,8 +184,12 @@ class Groups:
         for group in list(self.all.values()):
             if group.phase is Phase.WAITING and now >= group.retry_at:
                 self._spawn(group)
-            elif now >= group.deadline:
-                self._died(group, DeadlineExceededError("the start", self.start_timeout_s))
+            elif now < group.deadline:
+                continue
+            elif group.phase is Phase.STOP:
+                self._left(group)
+            else:
+                self._not_started(group, DeadlineExceededError("the start", self.start_timeout_s))
 
     def finished(self, group_id: str) -> None:
         """Take the result of the reference of this group, which has finished or failed."""
@@ -194,8 +207,7 @@ class Groups:
             self.trouble = ""
             self._enter_up(group)
         elif group.phase is Phase.STOP:
-            self._forget(group)
-            self.progress(f"{group_id} left")
+            self._left(group)
         else:
             self._died(group, GroupLostError(group_id, "stopped"))
 
@@ -207,7 +219,7 @@ class Groups:
             group.pending = group.actor.call(Phase.PREPARE.value)
         except ExpertMeshError as error:
             if now >= group.deadline:
-                self._died(group, error)
+                self._not_started(group, error)
             else:  # one of the same name has just left, and Ray still knows it
                 group.phase, group.retry_at = Phase.WAITING, now + FIRST_BACKOFF_S
 
@@ -219,14 +231,12 @@ class Groups:
 
     def _died(self, group: Group, error: ExpertMeshError) -> None:
         """Note a death, or a start that failed, and plan what comes next."""
+        if not group.was_up:
+            self._not_started(group, error)
+            return
         was_running = group.phase is Phase.UP
         self._end_process(group)
         self.recipe.group_died(group.group_id)
-        if not group.was_up:
-            self.trouble = f"{group.group_id} did not start: {error.message}"
-            self.progress(self.trouble)
-            self._forget(group)
-            return
         log.warning("group_died group=%s phase=%s", group.group_id, group.phase.name)
         what = "died" if was_running else "did not come back"
         delay_s = group.restarts.died(self.clock())
@@ -235,6 +245,19 @@ class Groups:
         else:
             group.phase, group.retry_at = Phase.WAITING, self.clock() + delay_s
         self.progress(f"{group.group_id} {what} ({error.message}); {next_step(delay_s)}")
+
+    def _not_started(self, group: Group, error: ExpertMeshError) -> None:
+        """Forget a group whose process never ran in its place, or does not come back there."""
+        group.was_up = False
+        self._end_process(group)
+        self.recipe.group_died(group.group_id)
+        self.trouble = f"{group.group_id} did not start: {error.message}"
+        self.progress(self.trouble)
+        self._forget(group)
+
+    def _left(self, group: Group) -> None:
+        self._forget(group)
+        self.progress(f"{group.group_id} left")
 
     def _end_process(self, group: Group) -> None:
         group.pending = group.work = None

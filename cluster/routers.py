@@ -12,8 +12,8 @@ are added, one call at a time, while the others serve. Nothing here blocks: the 
 references and says which one finished. A router comes back at its old address, so that clients find
 it again.
 
-When it starts again, and when it is given up: `cluster.restarts`. The service ends when no router
-is left.
+When it starts again, and when it is given up: `cluster.restarts`. Waiting for a node, or for
+experts, is no fault of a router and counts for nothing. The service ends when no router is left.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from enum import Enum
 from typing import Any, Protocol
 
 from cluster.members import ProcessFacts, RouterReady
-from cluster.restarts import Restarts, next_step
+from cluster.restarts import FIRST_BACKOFF_S, Restarts, next_step
 from protos.errors import DeadlineExceededError, ExpertMeshError, RouterLostError
 
 log = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 30.0
+"""How long a router gets to close its port, and to say that it is drained, before it is killed."""
 
 
 class Phase(Enum):
@@ -124,7 +127,7 @@ class Router:
     restarts: Restarts = field(default_factory=Restarts)
     retry_at: float = 0.0
     deadline: float = float("inf")
-    """By when it must be up again."""
+    """By when it must be up again, or have left; the wait for experts does not count."""
 
     @property
     def port(self) -> int | None:
@@ -170,7 +173,7 @@ class Routers:
         """Return router_id -> address of all but those that left; some may be down."""
         return {
             router.router_id: router.ready.address
-            for router in self.all.values()
+            for router in list(self.all.values())  # other threads ask, too
             if router.ready is not None and router.phase is not Phase.LEFT
         }
 
@@ -194,9 +197,18 @@ class Routers:
         router = self.all[router_id]
         if router.phase is Phase.UP:
             router.phase = Phase.DRAIN
+            router.deadline = self.clock() + timeout_s + STOP_TIMEOUT_S
             router.pending = router.actor.call(Phase.DRAIN.value, timeout_s)
         else:
             self._leave(router)
+
+    def end(self, router_id: str, error: ExpertMeshError) -> None:
+        """End a process that answers no more; it starts again, unless it was to leave."""
+        router = self.all[router_id]
+        if router.phase in (Phase.DRAIN, Phase.STOP):
+            self._leave(router)
+        else:
+            self._died(router, error)
 
     def references(self) -> dict[str, Any]:
         """Return router_id -> the reference to wait for."""
@@ -206,16 +218,20 @@ class Routers:
         """Start the routers whose backoff is over, and end starts that take too long."""
         now = self.clock()
         for router in self.all.values():
-            if router.phase is Phase.WAITING and now >= router.retry_at:
-                router.phase, router.deadline = Phase.PREPARE, now + self.start_timeout_s
-                try:
-                    router.actor = self.recipe.spawn_router(router.router_id)
-                    router.pending = router.actor.call(Phase.PREPARE.value)
-                except ExpertMeshError as error:
-                    self._died(router, error)
-            elif router.phase is Phase.LOADED and self.recipe.can_start():
+            if router.phase is Phase.WAITING:
+                if now >= router.retry_at:
+                    self._spawn(router)
+            elif router.phase is Phase.LOADED:
                 self._start_loaded(router)
-            elif now >= router.deadline:
+            elif now < router.deadline:
+                continue
+            elif router.phase is Phase.PREPARE:
+                waited = f"{self.start_timeout_s:g} s"
+                self.progress(f"{router.router_id} has no node after {waited}; it goes on waiting")
+                self._wait(router)
+            elif router.phase in (Phase.DRAIN, Phase.STOP):
+                self._leave(router)
+            else:
                 self._died(router, DeadlineExceededError("the start", self.start_timeout_s))
 
     def finished(self, router_id: str) -> None:
@@ -230,6 +246,30 @@ class Routers:
                 return
             value = None
         self._advance(router, value)
+
+    def begin_again(self, router_id: str) -> None:
+        """Let a router that starts do so anew: what it starts with is there no more."""
+        router = self.all[router_id]
+        if router.phase in (Phase.START, Phase.CHECK):
+            self._wait(router)
+
+    def _spawn(self, router: Router) -> None:
+        now = self.clock()
+        router.phase = Phase.PREPARE
+        router.deadline = min(router.deadline, now + self.start_timeout_s)
+        try:
+            router.actor = self.recipe.spawn_router(router.router_id)
+            router.pending = router.actor.call(Phase.PREPARE.value)
+        except ExpertMeshError as error:
+            if now >= router.deadline:
+                self._died(router, error)
+            else:  # the one before has just ended, and Ray still knows it
+                router.phase, router.retry_at = Phase.WAITING, now + FIRST_BACKOFF_S
+
+    def _wait(self, router: Router) -> None:
+        """Start again, for no fault of the router."""
+        self._end_process(router)
+        router.phase, router.retry_at = Phase.WAITING, self.clock()
 
     def _advance(self, router: Router, value: Any) -> None:
         if router.phase is Phase.PREPARE:
@@ -251,6 +291,7 @@ class Routers:
         elif router.phase in (Phase.UP, Phase.DRAIN):
             if router.phase is Phase.UP:
                 self.recipe.router_leaves(router)
+            router.deadline = self.clock() + STOP_TIMEOUT_S
             router.phase, router.pending = Phase.STOP, router.actor.call(Phase.STOP.value)
         else:
             self._leave(router)
@@ -258,6 +299,7 @@ class Routers:
     def _start_loaded(self, router: Router) -> None:
         """Go on where there are experts; else `tick` does when they are back."""
         if self.recipe.can_start():
+            router.deadline = self.clock() + self.start_timeout_s
             router.phase, router.pending = Phase.START, self.recipe.call_start(router)
 
     def _leave(self, router: Router) -> None:

@@ -35,7 +35,12 @@ from cluster.members import (
 )
 from cluster.routers import Calls, Phase, Router, Routers
 from experts.placement import Placement
-from protos.errors import ExpertMeshError, GroupLostError, RouterLostError
+from protos.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    GroupLostError,
+    RouterLostError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +48,9 @@ RETRY_S = 30.0
 """After a plan or a start that failed; with other groups a plan is tried at once."""
 STARTING = (Phase.WAITING, Phase.PREPARE, Phase.LOAD, Phase.LOADED, Phase.START, Phase.CHECK)
 """Of routers."""
+ANSWER_TIMEOUT_S = 180.0
+"""How long a router may take to connect, switch, fall asleep or wake; then it is ended, because
+nothing can change while one does not answer. Groups get the time of a start, in which they load."""
 MAX_STEPS = 20
 """Steps of the controller in a row before the loop looks at Ray again."""
 
@@ -96,6 +104,8 @@ class Scaling:
     _wishes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """router_id -> (actor, reference) of its open `next_wish`."""
     _version: int = 0
+    _begun: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    """Member -> (reference, since when) of work that was under way at the last look."""
     _told: tuple[ServiceView, tuple[Any, ...]] | None = None
     """What the routers were last told, and which processes."""
 
@@ -118,7 +128,7 @@ class Scaling:
             self.target,
             groups=self.target.groups if expert_groups is None else expert_groups,
             routers=routers or self.target.routers,
-            leaving=frozenset(),
+            leaving=self.target.leaving if expert_groups is None else frozenset(),
         )
         self._retry_at, self._trouble, self.groups.trouble = 0.0, "", ""
 
@@ -128,11 +138,12 @@ class Scaling:
             self.scale(len(self.placement.groups))
 
     def leave(self, group_id: str) -> None:
-        """Want one expert group less, and this one to go."""
-        if group_id not in self.groups.all or self.target.groups <= 1:
+        """Want one expert group less, and this one to go; asked again, it changes nothing."""
+        leaving = self.target.leaving
+        if group_id in leaving or group_id not in self.groups.all or self.target.groups <= 1:
             return
         self.scale(self.target.groups - 1)
-        self.target = replace(self.target, leaving=frozenset({group_id}))
+        self.target = replace(self.target, leaving=leaving | {group_id})
 
     def place(self, capacities: Mapping[str, float], load: npt.NDArray[np.int64] | None) -> None:
         """Want a new placement with these shares, balanced by this load."""
@@ -203,9 +214,12 @@ class Scaling:
             self._router_worked(self.routers.all[name])
 
     def tick(self) -> None:
-        """Start what is due, and tell the routers what has changed."""
+        """Start what is due, end who is silent, and tell the routers what has changed."""
+        self._end_silent()
         if any(router.phase in STARTING for router in self.routers.all.values()):
             self.wake()  # a router needs experts to start
+        # The next one of that name is another group.
+        self.target = replace(self.target, leaving=self.target.leaving & self.groups.all.keys())
         for _ in range(MAX_STEPS):
             actions = controller.step(self._observe(), self.target, self.clock())
             for action in actions:
@@ -220,10 +234,34 @@ class Scaling:
             self._retry_at = self.clock() + RETRY_S
         if self.plan is not None and group_id in self.plan.groups:
             self._abandon()
+        if self.placement is not None and group_id in self.placement.groups:
+            # One that starts waits for the group's answers, and no plan is told to it meanwhile.
+            for router_id in self.routers.all:
+                self.routers.begin_again(router_id)
 
     def router_left(self) -> None:
         """Take note that a router leaves because someone asked the router itself."""
         self.target = replace(self.target, routers=self.target.routers - 1)
+
+    def _end_silent(self) -> None:
+        """End who does not come to an end with what it was asked for; it starts again."""
+        group_s = self.groups.start_timeout_s
+        for group in list(self.groups.all.values()):
+            if group.work is not None and self._waited_s(group.group_id, group.work) > group_s:
+                self.groups.end(group.group_id, DeadlineExceededError("loading", group_s))
+        for router in self.routers.all.values():
+            if router.work is None:
+                continue
+            if self._waited_s(router.router_id, router.work) > ANSWER_TIMEOUT_S:
+                error = DeadlineExceededError("a change", ANSWER_TIMEOUT_S)
+                self.routers.end(router.router_id, error)
+
+    def _waited_s(self, name: str, work: Any) -> float:
+        """Return for how long this work of a member has been seen under way."""
+        before, since = self._begun.get(name, (None, 0.0))
+        if before is not work:
+            self._begun[name] = work, (since := self.clock())
+        return self.clock() - since
 
     def _observe(self) -> Observed:
         gone = (Phase.STOP, Phase.LEFT)

@@ -12,6 +12,7 @@ from cluster.groups import Groups
 from cluster.members import ProcessFacts, RouterReady
 from cluster.restarts import FIRST_BACKOFF_S, MAX_QUICK_DEATHS, QUICK_S, backoff_s
 from cluster.routers import (
+    STOP_TIMEOUT_S,
     Phase,
     Router,
     Routers,
@@ -245,6 +246,46 @@ def test_a_start_that_hangs_is_ended(world: World, routers: Routers) -> None:
     assert routers.all["router-0"].phase is Phase.WAITING
     assert "the start" in world.said[-1]
     assert "router-0" not in routers.references()
+
+
+def test_waiting_for_a_node_or_for_experts_counts_for_nothing(
+    world: World, routers: Routers
+) -> None:
+    world.now += QUICK_S
+    die(world, routers)
+    for _ in range(2 * MAX_QUICK_DEATHS):
+        routers.tick()
+        routers.tick()
+        world.now += START_TIMEOUT_S * 1.01
+    router = routers.all["router-0"]
+    assert (router.phase, router.restarts.quick_deaths) == (Phase.PREPARE, 0)
+    assert world.said[-1] == "router-0 has no node after 60 s; it goes on waiting"
+    world.has_experts = False
+    routers.finished("router-0")
+    routers.finished("router-0")
+    for _ in range(2 * MAX_QUICK_DEATHS):
+        world.now += START_TIMEOUT_S
+        routers.tick()
+    assert (router.phase, router.restarts.quick_deaths) == (Phase.LOADED, 0)
+    world.has_experts = True
+    routers.tick()
+    assert router.phase is Phase.START
+
+
+@pytest.mark.parametrize("phase", [Phase.DRAIN, Phase.STOP])
+def test_a_router_that_does_not_come_to_its_end_is_killed(
+    world: World, routers: Routers, phase: Phase
+) -> None:
+    routers.drain("router-0", 3.0)
+    while routers.all["router-0"].phase is not phase:
+        routers.finished("router-0")
+    world.now += STOP_TIMEOUT_S * 0.99
+    routers.tick()
+    assert routers.all["router-0"].phase is phase
+    world.now += 3.0 + STOP_TIMEOUT_S
+    routers.tick()
+    assert routers.all["router-0"].phase is Phase.LEFT
+    assert world.killed == ["router-0"]
 
 
 def test_a_drained_router_stops_and_leaves(world: World, routers: Routers) -> None:
