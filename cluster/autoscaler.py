@@ -14,7 +14,7 @@ from typing import Protocol
 from cluster.autoscale import Decision, Policy
 from cluster.autoscale_log import DecisionLog, decision_message
 from cluster.autoscale_loop import AutoscaleLoop, Membership, policy_of
-from cluster.config import Config
+from cluster.config import Config, parse_groups
 from cluster.preflight import Facts
 from cluster.security import load_security
 from cluster.status import ask_status
@@ -155,6 +155,18 @@ class Autoscaler:
                 self.progress(
                     f"autoscale {verb} {pool.wanted} {what} instead of {pool.count}: {pool.reason}"
                 )
+
+
+def check_bounds(config: Config, facts: Facts) -> None:
+    """Check what `Autoscaler.start` checks when everything is loaded, before anything is.
+
+    Raises:
+        ConfigurationError: As `policy_at_start`.
+    """
+    if config.autoscale.mode != "off":
+        groups = len(parse_groups(config.experts.groups)) if facts.num_experts else 0
+        there = Membership(groups=groups, num_routers=config.router.count, routers={})
+        policy_at_start(config, there, facts)
 
 
 def policy_at_start(config: Config, membership: Membership, facts: Facts) -> Policy:

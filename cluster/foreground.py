@@ -42,7 +42,7 @@ def run_service(config: Config) -> int:
         service.connect()
         signals.catch()  # Ray has installed a handler of its own
         ready = service.start()
-        port.ready(ready.addresses)
+        port.ready(service.addresses)
         print(ready.line(), file=stdout, flush=True)
         ended = service.wait()
         if ended is None:

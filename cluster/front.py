@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -76,15 +76,19 @@ class StatusPort:
         if self._servicer is not None:
             self._servicer.progress.append(sentence)
 
-    def ready(self, routers: tuple[str, ...]) -> None:
-        """Let the routers at these addresses answer from now on."""
+    def ready(self, routers: Callable[[], Collection[str]]) -> None:
+        """Let the routers answer from now on.
+
+        Args:
+            routers: Returns their addresses as they are now; called in another thread.
+        """
         self._turn(READY, routers, health_pb2.HealthCheckResponse.SERVING)
 
     def stopping(self) -> None:
         """Say that the service takes nothing new."""
-        self._turn(STOPPING, (), health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._turn(STOPPING, tuple, health_pb2.HealthCheckResponse.NOT_SERVING)
 
-    def _turn(self, state: str, routers: tuple[str, ...], served: int) -> None:
+    def _turn(self, state: str, routers: Callable[[], Collection[str]], served: int) -> None:
         if self._servicer is not None:
             self._servicer.state, self._servicer.routers = state, routers
             self._call(self._health.set("", served))
@@ -124,13 +128,19 @@ class _StatusServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self._to_routers = security.to_routers
         self.state = STARTING
         self.progress: deque[str] = deque(maxlen=MAX_PROGRESS)
-        self.routers: tuple[str, ...] = ()
+        self.routers: Callable[[], Collection[str]] = tuple
+        self._doubted: set[str] = set()
+        """Addresses that have been asked and have not answered since."""
 
     async def GetStatus(
         self, request: cluster_pb2.GetStatusRequest, context: Context
     ) -> cluster_pb2.ClusterStatus:
         """Answer with what a router says, or with how far the start is."""
-        for address in self.routers:
+        # One whose host is gone takes all the time that a caller has; so it is asked last.
+        addresses = sorted(self.routers(), key=lambda address: address in self._doubted)
+        self._doubted &= set(addresses)
+        for address in addresses:
+            self._doubted.add(address)
             async with self._to_routers.aio_channel(address) as channel:
                 try:
                     answer = await cluster_pb2_grpc.ClusterServiceStub(channel).GetStatus(
@@ -138,8 +148,9 @@ class _StatusServicer(cluster_pb2_grpc.ClusterServiceServicer):
                     )
                 except grpc.RpcError:
                     continue
+                self._doubted.discard(address)
                 return cast(cluster_pb2.ClusterStatus, answer)
-        if self.routers:
+        if addresses:
             raise NotReadyError("no router answers; the dead ones are being started again")
         return cluster_pb2.ClusterStatus(
             model=self._model, state=self.state, progress=list(self.progress)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.autoscale_loop import Membership
-from cluster.autoscaler import Autoscaler
+from cluster.autoscaler import Autoscaler, check_bounds
 from cluster.config import Config, parse_groups
 from cluster.groups import Group
 from cluster.kv_budget import format_bytes
@@ -108,10 +108,11 @@ class Service:
                 namespace=cluster.namespace,
                 verbose=cluster.verbose,
             )
-        self._facts = self._examination.finish()
+        self._facts = self._examination.finish(self._left())
         self._announce(self._facts)
+        check_bounds(self.config, self._facts)
         if self._private is not None:
-            self._ray_address = self._private.address()
+            self._ray_address = self._private.address(self._left())
             with self.guard():
                 self._cluster = RayCluster.connect_private(
                     self._ray_address, namespace=cluster.namespace, verbose=cluster.verbose
@@ -171,6 +172,10 @@ class Service:
     def scale(self, expert_groups: int | None = None, routers: int | None = None) -> None:
         """Want other numbers of groups and routers; see `Scaling.scale`. After `start`."""
         self._made.scaling.scale(expert_groups, routers)
+
+    def addresses(self) -> tuple[str, ...]:
+        """Return the routers' addresses as they are now; any thread may ask, after `start`."""
+        return tuple(self._made.routers.addresses().values())
 
     @property
     def model_name(self) -> str:

@@ -29,6 +29,7 @@ from cluster.security import load_security
 from protos.errors import (
     CheckpointError,
     ConfigurationError,
+    DeadlineExceededError,
     ExpertMeshError,
     InternalError,
     ResourceError,
@@ -155,13 +156,18 @@ class Examination:
         self._process.stdin.close()
         self._process.stdin = None
 
-    def finish(self) -> Facts:
+    def finish(self, timeout_s: float) -> Facts:
         """Wait for it and return what it found.
 
         Raises:
+            DeadlineExceededError: It does not end: a mount that is away, most likely.
             ExpertMeshError: What it raised.
         """
-        out, _ = self._process.communicate()
+        try:
+            out, _ = self._process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.cancel()
+            raise DeadlineExceededError("reading the checkpoint's headers", timeout_s) from None
         try:
             answer = json.loads(out)
         except ValueError:
@@ -177,7 +183,7 @@ class Examination:
         """End it if it still runs."""
         if self._process.poll() is None:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()  # and closes the pipe
 
 
 def examine(config: Config, available_bytes: float) -> Facts:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import select
 import shutil
 import subprocess
 import sys
 import tempfile
 
 from cluster.ray_api import ray_log_level
-from protos.errors import InternalError
+from protos.errors import DeadlineExceededError, InternalError
 
 log = logging.getLogger(__name__)
 
 MAX_TMP_CHARS = 24
+START_TIMEOUT_S = 300.0
 EXIT_TIMEOUT_S = 10.0
 """How long the process that holds a private Ray gets to end it."""
 
@@ -61,13 +63,16 @@ class PrivateRay:
             env={**os.environ, "TMPDIR": self._folder},
         )
 
-    def address(self) -> str:
+    def address(self, timeout_s: float = START_TIMEOUT_S) -> str:
         """Wait until Ray runs and return `host:port` of its head.
 
         Raises:
+            DeadlineExceededError: It does not run within `timeout_s`.
             InternalError: Ray did not start; its reason is on stderr.
         """
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], timeout_s)[0]:
+            raise DeadlineExceededError("the start of Ray on this machine", timeout_s)
         address = self._process.stdout.readline().strip()
         if not address:
             raise InternalError("Ray did not start on this machine, see the lines above")

@@ -11,7 +11,7 @@ import pytest
 from cluster.autoscale import Decision, Policy
 from cluster.autoscale_log import NUM_KEPT, DecisionLog, decision_message
 from cluster.autoscale_loop import AutoscaleLoop, Membership, policy_of
-from cluster.autoscaler import Autoscaler, policy_at_start
+from cluster.autoscaler import Autoscaler, check_bounds, policy_at_start
 from cluster.config import AutoscaleSection, Config
 from protos.errors import ConfigurationError, UnreachableError
 from protos.v1 import cluster_pb2
@@ -147,6 +147,9 @@ def test_there_are_no_more_groups_than_experts() -> None:
     membership = Membership(groups=1, num_routers=2, routers=ADDRESSES)
     with pytest.raises(ConfigurationError, match=r"max_groups must be 1 to 3, the experts.*got 4"):
         policy_at_start(Config(autoscale=SECTION), membership, facts)
+    with pytest.raises(ConfigurationError, match=r"max_groups must be 1 to 3, the experts.*got 4"):
+        check_bounds(Config(autoscale=SECTION), facts)
+    check_bounds(Config(), facts)
     facts.num_experts = 4
     assert policy_at_start(Config(autoscale=SECTION), membership, facts).groups.most == 4
 

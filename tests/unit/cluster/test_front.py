@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -12,11 +13,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import Config, load_config
-from cluster.front import StatusPort
+from cluster.front import ASK_TIMEOUT_S, StatusPort
 from cluster.security import load_security
 from cluster.status import ask_status, print_status
 from protos.errors import (
     ConfigurationError,
+    DeadlineExceededError,
     NotReadyError,
     UnauthenticatedError,
     UnreachableError,
@@ -87,7 +89,7 @@ def test_a_start_tells_how_far_it_is(port: StatusPort, capsys: pytest.CaptureFix
 def test_a_ready_service_is_described_by_a_router_that_answers(
     port: StatusPort, router: str
 ) -> None:
-    port.ready((f"127.0.0.1:{free_port()}", router))
+    port.ready(lambda: (f"127.0.0.1:{free_port()}", router))
     status = ask_status(port.address)
     assert (status.state, status.placement_epoch) == ("READY", 7)
     assert health(port.address) == health_pb2.HealthCheckResponse.SERVING
@@ -95,8 +97,26 @@ def test_a_ready_service_is_described_by_a_router_that_answers(
     assert ask_status(port.address).state == "STOPPING"
 
 
+def test_routers_may_come_and_go(port: StatusPort, router: str) -> None:
+    addresses = [f"127.0.0.1:{free_port()}"]
+    port.ready(lambda: addresses)
+    with pytest.raises(NotReadyError):
+        ask_status(port.address, timeout_s=20)
+    addresses[:] = [router]
+    assert ask_status(port.address).placement_epoch == 7
+
+
+def test_a_router_whose_host_is_gone_is_asked_last(port: StatusPort, router: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        port.ready(lambda: [address, router])
+        with pytest.raises(DeadlineExceededError):
+            ask_status(port.address, timeout_s=0.3)
+        assert ask_status(port.address, timeout_s=ASK_TIMEOUT_S).placement_epoch == 7
+
+
 def test_no_router_that_answers_is_an_error(port: StatusPort) -> None:
-    port.ready((f"127.0.0.1:{free_port()}",))
+    port.ready(lambda: (f"127.0.0.1:{free_port()}",))
     with pytest.raises(NotReadyError, match="no router answers"):
         ask_status(port.address, timeout_s=20)
 
@@ -144,7 +164,7 @@ def test_it_shows_and_asks_for_the_certificates_of_the_routers(tmp_path: Path) -
             ask_status(port.address, Access(tls=trusting))
         assert health(port.address, access) == health_pb2.HealthCheckResponse.NOT_SERVING
         with answering_router(identity.server.credentials()) as router:
-            port.ready((router,))
+            port.ready(lambda: (router,))
             assert ask_status(port.address, access).placement_epoch == 7
         assert health(port.address, access) == health_pb2.HealthCheckResponse.SERVING
     finally:
@@ -165,6 +185,6 @@ def test_nothing_is_opened_without_a_port() -> None:
     silent = StatusPort(config_of(None))
     silent.open()
     silent.tell("unheard")
-    silent.ready(())
+    silent.ready(tuple)
     silent.close()
     assert silent.address == ""

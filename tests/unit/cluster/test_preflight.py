@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from cluster.config import Config, load_config
 from cluster.preflight import (
+    Examination,
     Facts,
     check_frames,
     check_groups,
@@ -20,7 +22,12 @@ from cluster.preflight import (
     router_port,
     serving_dtype,
 )
-from protos.errors import CheckpointError, ConfigurationError, ResourceError
+from protos.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DeadlineExceededError,
+    ResourceError,
+)
 from tests.parity.checkpoints import make_checkpoint
 
 GIB = 1 << 30
@@ -128,3 +135,11 @@ def test_overrides_stretch_the_window_of_a_checkpoint(tmp_path: Path) -> None:
     assert examine(config(**stretched), 16 * GIB).max_model_len == 256
     with pytest.raises(ConfigurationError, match=r"at most 256, .*got 1010000"):
         examine(config(**stretched, model__max_model_len=1_010_000), 16 * GIB)
+
+
+def test_an_examination_that_hangs_ends_with_the_time_there_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")  # as a mount that is away: whoever opens it waits
+    examination = Examination(config(model__checkpoint=str(tmp_path)))
+    with pytest.raises(DeadlineExceededError, match=r"headers did not finish within 0\.2 s"):
+        examination.finish(0.2)
+    assert examination._process.returncode is not None
