@@ -40,6 +40,7 @@ OBJECT_STORE_BYTES = 80 << 20
 Guard = Callable[[], contextlib.AbstractContextManager[None]]
 Lost = Callable[[str, str], ExpertMeshError]
 WAIT_S = 0.2
+NAMES_TIMEOUT_S = 5.0
 MAX_MEMBERS = 4096
 
 
@@ -129,13 +130,15 @@ class RayCluster:
         """Return the nodes that are alive."""
         import ray
 
+        with self.guard():
+            found = ray.nodes()
         return [
             Node(
                 node_id=node["NodeID"],
                 address=node["NodeManagerAddress"],
                 resources=node["Resources"],
             )
-            for node in ray.nodes()
+            for node in found
             if node["Alive"]
         ]
 
@@ -204,16 +207,22 @@ class RayCluster:
     def refuse_taken_names(self, names: Sequence[str]) -> None:
         """Check that no other service uses these names in the namespace.
 
+        One that was killed a moment ago leaves them when Ray has noticed.
+
         Raises:
-            ConfigurationError: One does.
+            ConfigurationError: One does, and still after `NAMES_TIMEOUT_S`.
         """
         import ray
 
-        with self.guard():
-            present = set(ray.util.list_named_actors())
-        for name in names:
-            if name in present:
-                raise self._name_taken(name)
+        deadline = time.monotonic() + NAMES_TIMEOUT_S
+        while True:
+            with self.guard():
+                taken = sorted(set(ray.util.list_named_actors()) & set(names))
+            if not taken:
+                return
+            if time.monotonic() >= deadline:
+                raise self._name_taken(taken[0])
+            time.sleep(WAIT_S)
 
     def _name_taken(self, name: str) -> ConfigurationError:
         return ConfigurationError(
@@ -326,6 +335,8 @@ class RayCluster:
             raise InternalError(f"{name}: {error}") from error
         except ray.exceptions.RayActorError as error:
             raise lost(name, f"its process ended: {_first_line(str(error))}") from error
+        except ray.exceptions.RayError as error:  # its node or its place has gone, or the answer
+            raise lost(name, f"{type(error).__name__}: {_first_line(str(error))}") from error
 
     def settle(self, references: Mapping[str, Any], timeout_s: float) -> None:
         """Wait until these calls ended, well or not, but no longer than `timeout_s`."""
@@ -350,8 +361,9 @@ class RayCluster:
         """End one of our processes; the others stay."""
         import ray
 
-        ray.kill(actor.handle)
-        self.actors.remove(actor)
+        with self.guard():
+            self.actors.remove(actor)
+            ray.kill(actor.handle)
 
     def close(self) -> None:
         """End our actors and reservations and disconnect. Never raises."""

@@ -6,11 +6,12 @@
     stop    SIGTERM to the supervisor, which passes it on: `serve` drains and ends
 
 The supervisor starts `serve` again when it fails: after 1, 2, 4, ... `MAX_BACKOFF_S` seconds, from
-the beginning once it was up for `SOUND_S`. It gives up where another try cannot help: a wrong
-command line or configuration, or all routers drained. When Ray has gone from this machine, whether
-by `ray stop`, by `ray down` or because its head went, it ends `serve`, what Ray left running, and
-the temporary files of processes that Ray killed; those lie in `tmp` of `folder()`, if Ray was
-started with that as TMPDIR, beside the log and the process id.
+the beginning once it was up for `SOUND_S`. It gives up where another try cannot help: all routers
+were drained, or the command line or configuration is wrong, which it is not where the same one was
+up before: then something else is, like a port or a mount, and may come right. When Ray has gone
+from this machine, whether by `ray stop`, by `ray down` or because its head went, it ends `serve`,
+what Ray left running, and the temporary files of processes that Ray killed; those lie in `tmp` of
+`folder()`, if Ray was started with that as TMPDIR, beside the log and the process id.
 
 Run as `python -m cluster.supervisor FOLDER ARGUMENTS...`, with the arguments of `serve`, or none.
 """
@@ -34,8 +35,8 @@ import psutil
 from cluster.console import EXIT_CONFIGURATION, EXIT_OK, EXIT_USAGE
 from protos.errors import InternalError
 
-FINAL_CODES = (EXIT_OK, EXIT_USAGE, EXIT_CONFIGURATION)
-"""Exit codes of `serve` that another try would only repeat."""
+WRONG_CODES = (EXIT_USAGE, EXIT_CONFIGURATION)
+"""Exit codes of `serve` that another try would only repeat, unless it was up before."""
 FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
 SOUND_S = 60.0
@@ -134,17 +135,21 @@ class Supervisor:
         if not self._command:
             self._watch()
             return EXIT_OK
-        backoff_s = FIRST_BACKOFF_S
+        backoff_s, was_sound = FIRST_BACKOFF_S, False
         while True:
             started = time.monotonic()
             self._process = subprocess.Popen(self._command)
             code = self._wait(self._process)
-            if self._stopped.is_set() or code in FINAL_CODES:
+            is_sound = time.monotonic() - started > SOUND_S
+            was_sound |= is_sound
+            if self._stopped.is_set() or code == EXIT_OK:
+                return code
+            if code in WRONG_CODES and not was_sound:
                 return code
             if not has_ray_node():
                 _say("no Ray node runs here any more; the service ends with it")
                 return code
-            if time.monotonic() - started > SOUND_S:
+            if is_sound:
                 backoff_s = FIRST_BACKOFF_S
             _say(f"serve ended with exit code {code}; starting it again in {backoff_s:g} s")
             if self._stopped.wait(backoff_s):

@@ -59,6 +59,17 @@ def test_a_wrong_command_line_or_configuration_is_not_tried_again(
     assert log.read_text() == "x"
 
 
+def test_what_was_up_is_started_again_whatever_stands_in_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port that the one before still holds, a mount that is away: the same command was right."""
+    monkeypatch.setattr(supervisor, "SOUND_S", 0.0)
+    log = tmp_path / "log"
+    code = COUNT + "sys.exit((5, 3, 3, 0)[len(open(sys.argv[1]).read()) - 1])"
+    assert Supervisor(program(code, str(log))).run() == 0
+    assert log.read_text() == "xxxx"
+
+
 def test_it_ends_with_ray(a_ray_node: threading.Event, capfd: pytest.CaptureFixture[str]) -> None:
     threading.Timer(0.2, a_ray_node.set).start()
     assert Supervisor(program("import time; time.sleep(60)")).run() == -signal.SIGKILL
