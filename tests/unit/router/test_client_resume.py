@@ -224,7 +224,7 @@ def test_a_long_stream_teaches_the_client_the_other_routers() -> None:
         client = stack.enter_context(Client(proxy.address, QUICK))
         whole = second.client.complete(PROMPT, seed=3, **OPTIONS)
         first.model.stop_after(4)
-        completion, is_old = Completion(), False
+        completion, is_old, is_cut = Completion(), False, False
         for event in client.generate(PROMPT, seed=3, **OPTIONS):
             completion.add(event)
             if len(completion.token_ids) == 4 and not is_old:
@@ -232,9 +232,10 @@ def test_a_long_stream_teaches_the_client_the_other_routers() -> None:
                 is_old, begun = True, time.monotonic()
                 eventually(lambda begun=begun: time.monotonic() - begun > 1.1)
                 first.model.wait_until_stopped()
-                first.model.stop_after(1)
-                first.model.runs.set()
-            elif len(completion.token_ids) == 5 and len(client.addresses) == 1:
+                first.model.stop_after(0)
+                first.model.runs.set()  # the step that waits, and no other
+            elif len(completion.token_ids) == 5 and not is_cut:
+                is_cut = True
                 eventually(lambda: len(client.addresses) == 2)
                 first.model.wait_until_stopped()
                 proxy.cut()
