@@ -41,6 +41,7 @@ FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
 SOUND_S = 60.0
 RAY_LOOK_S = 1.0
+END_LOOK_S = 0.05
 RAY_START_S = 300.0
 """How long `watch` waits for a Ray node that is about to start."""
 STOP_TIMEOUT_S = 75.0
@@ -94,13 +95,11 @@ def stop(at: Path | None = None) -> bool:
         return False
     family = [found, *found.children(recursive=True)]
     found.terminate()
-    _, alive = psutil.wait_procs([found], timeout=STOP_TIMEOUT_S)
-    if alive:
+    if not _end_within(STOP_TIMEOUT_S, [found]):
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        _, alive = psutil.wait_procs(family, timeout=KILL_TIMEOUT_S)
-        if alive:
+        if not _end_within(KILL_TIMEOUT_S, family):
             raise InternalError(f"the service (pid {found.pid}) does not end")
     pid_file.unlink(missing_ok=True)
     return True
@@ -112,7 +111,27 @@ def _supervisor(pid_file: Path) -> psutil.Process | None:
         is_ours = "cluster.supervisor" in process.cmdline()
     except (OSError, ValueError, psutil.Error):
         return None
-    return process if is_ours and process.status() != psutil.STATUS_ZOMBIE else None
+    return process if is_ours and _runs(process) else None
+
+
+def _end_within(timeout_s: float, processes: Sequence[psutil.Process]) -> bool:
+    """Wait until these processes have ended, reaped or not; return whether they did.
+
+    In a container without an init nobody ever reaps an orphan.
+    """
+    deadline = time.monotonic() + timeout_s
+    while any(_runs(process) for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(END_LOOK_S)
+    return True
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Supervisor:
@@ -182,7 +201,10 @@ class Supervisor:
 
 def has_ray_node() -> bool:
     """Whether a Ray node runs on this machine."""
-    return any(process.info["name"] == "raylet" for process in psutil.process_iter(["name"]))
+    return any(
+        process.info["name"] == "raylet" and process.info["status"] != psutil.STATUS_ZOMBIE
+        for process in psutil.process_iter(["name", "status"])
+    )
 
 
 def _say(text: str) -> None:

@@ -96,6 +96,7 @@ def test_without_a_command_it_does_not_wait_for_ever(
 
 
 def test_stop_ends_a_supervisor_and_its_program(tmp_path: Path) -> None:
+    """Nobody reaps it, as in a container without an init."""
     code = (
         "import sys; from cluster import supervisor as s;"
         "s.has_ray_node = lambda: True;"
@@ -104,10 +105,10 @@ def test_stop_ends_a_supervisor_and_its_program(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", code, "cluster.supervisor"], cwd=ROOT, start_new_session=True
     )
-    threading.Thread(target=process.wait, daemon=True).start()  # nobody else reaps it
     (tmp_path / "service.pid").write_text(str(process.pid))
     child = eventually(lambda: psutil.Process(process.pid).children(), 30)[0]
     assert supervisor.stop(tmp_path)
+    process.wait()
     eventually(lambda: not child.is_running(), 10)
     assert not (tmp_path / "service.pid").exists()
 
