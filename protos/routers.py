@@ -60,6 +60,7 @@ class Routers:
         self._connect = connect
         self._routers: dict[str, Router] = {}
         self._chosen = 0
+        self._learn_at = 0.0
         self._lock = threading.Lock()
         self.current()
 
@@ -85,6 +86,14 @@ class Routers:
         with self._lock:
             if self._addresses[self._chosen] == router.address:
                 self._chosen = (self._chosen + 1) % len(self._addresses)
+
+    def should_learn(self, now: float) -> bool:
+        """Return whether it is time to ask for the others; True once in `LEARN_INTERVAL_S`."""
+        with self._lock:
+            if now < self._learn_at:
+                return False
+            self._learn_at = now + LEARN_INTERVAL_S
+            return True
 
     def learn(self, status: cluster_pb2.ClusterStatus, teller: Router) -> None:
         """Add the routers that one of them names."""
