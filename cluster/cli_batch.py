@@ -22,7 +22,7 @@ from cluster.cli_options import (
 from cluster.console import EXIT_PARTIAL, err_console, errors_exit
 
 if TYPE_CHECKING:
-    from cluster.batch.drive import BatchOptions
+    from cluster.batch.options import BatchOptions
 
 batch_app = typer.Typer(
     help="Ask very many rows of a file, each exactly once in the output.", no_args_is_help=True
@@ -97,8 +97,8 @@ def batch_run(
     Exit code 5 when rows failed.
     """
     from cluster.batch.console import print_estimate
-    from cluster.batch.drive import BatchOptions
     from cluster.batch.dry_run import estimate
+    from cluster.batch.options import BatchOptions
     from cluster.batch.rows import RowDefaults
     from cluster.ray_data import Pool
 
@@ -139,7 +139,7 @@ def batch_resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with a batch where it was cut off or cancelled, with the options it was begun with."""
-    from cluster.batch.drive import BatchOptions
+    from cluster.batch.options import BatchOptions
     from cluster.batch.status import open_folder
 
     with errors_exit():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from cluster.batch.drive import BatchOptions, Result, run_batch
+from cluster.batch.drive import Result, run_batch
 from cluster.batch.dry_run import Estimate
+from cluster.batch.options import BatchOptions
 from cluster.console import err_console, out_console, print_json, table
 from cluster.logs import configure_logging
 from cluster.stopping import StopRequested, StopSignals
+from protos.errors import InternalError
 
 
 def run_in_foreground(options: BatchOptions) -> Result | None:
@@ -27,6 +29,8 @@ def run_in_foreground(options: BatchOptions) -> Result | None:
     except StopRequested:
         signals.ignore()
         return None
+    except OSError as error:  # a full disk, an object store that is away
+        raise InternalError(f"a file of the batch: {error}") from error
     finally:
         sys.stdout = stdout
 

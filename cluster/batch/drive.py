@@ -10,6 +10,7 @@ Two runs at once on one output do work twice; what they commit is the same.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,19 +21,19 @@ from typing import Any, Literal
 from cluster.batch.asker import AskerSettings
 from cluster.batch.identity import Identity, identity_of
 from cluster.batch.ledger import DonePart, Ledger
+from cluster.batch.options import BatchOptions
 from cluster.batch.outcomes import Counts
 from cluster.batch.parts import Part, Plan
 from cluster.batch.progress import Meter, ProgressReport
-from cluster.batch.rows import RowDefaults
 from cluster.batch.source import Format, scan
 from cluster.batch.storage import Place
 from cluster.batch.worker import WorkerSettings
 from cluster.console import err_console
 from cluster.private_ray import PrivateRay
 from cluster.ray_api import RayCluster
-from cluster.ray_data import Pool, run_parts
+from cluster.ray_data import run_parts
 from protos.client import Client, ClientConfig
-from protos.errors import ConfigurationError
+from protos.errors import ConfigurationError, InternalError
 from protos.tls import Access
 from protos.v1 import generation_pb2
 
@@ -44,91 +45,6 @@ QUIET_CORE = ("RAY_BACKEND_LOG_LEVEL", "fatal")
 State = Literal["completed", "stopped", "cancelled"]
 Report = Callable[[Meter, Client], AbstractContextManager[object]]
 """Tells how far a batch is, from its first row until its last."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchOptions:
-    """What a batch is to do."""
-
-    input_uri: str
-    output_uri: str
-    url: str
-    """Of a router, or several with commas."""
-    access: Access
-    id_field: str = "custom_id"
-    output_format: Format | None = None
-    """None: the input's."""
-    limit: int | None = None
-    """Most rows."""
-    part_rows: int = 256
-    """Rows that are committed together, and repeated together after a crash."""
-    concurrency: int = 32
-    """Rows that one client asks at a time."""
-    pool: Pool
-    max_retries: int = 3
-    max_failure_rate: float = 1.0
-    """Of all rows, in [0, 1]; once more have failed the batch stops."""
-    defaults: RowDefaults
-    ray_address: str | None = None
-    """None: a Ray of its own on this machine."""
-    is_submitted: bool = False
-    """Run by the service, in its own Ray, which is not there for a `batch resume`."""
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigurationError: One is out of range.
-        """
-        pool = self.pool
-        rules = [
-            ("part_rows", self.part_rows >= 1, "must be at least 1", self.part_rows),
-            ("concurrency", self.concurrency >= 1, "must be at least 1", self.concurrency),
-            ("limit", self.limit is None or self.limit >= 1, "must be at least 1", self.limit),
-            ("max_retries", self.max_retries >= 0, "must be 0 or more", self.max_retries),
-            (
-                "max_failure_rate",
-                0 <= self.max_failure_rate <= 1,
-                "must be in [0, 1]",
-                self.max_failure_rate,
-            ),
-            (
-                "clients",
-                1 <= pool.min_clients <= pool.max_clients,
-                "must be MIN:MAX with 1 <= MIN <= MAX",
-                f"{pool.min_clients}:{pool.max_clients}",
-            ),
-            (
-                "parts_in_flight",
-                pool.parts_in_flight >= 1,
-                "must be at least 1",
-                pool.parts_in_flight,
-            ),
-        ]
-        for name, holds, rule, value in rules:
-            if not holds:
-                raise ConfigurationError(f"batch.{name}", rule, value)
-
-    def document(self) -> dict[str, Any]:
-        """Return the values as JSON, for `batch resume`; without what gives access."""
-        own = {name: getattr(self, name) for name in _PLAIN}
-        if self.is_submitted:
-            own["ray_address"] = None
-        return {**own, "pool": asdict(self.pool), "defaults": asdict(self.defaults)}
-
-    @classmethod
-    def of(cls, document: Mapping[str, Any], access: Access, url: str | None) -> BatchOptions:
-        """Return what `document` described, with a new way to reach the service."""
-        values = dict(document)
-        pool, defaults = Pool(**values.pop("pool")), RowDefaults(**values.pop("defaults"))
-        values["url"] = url or values["url"]
-        return cls(**values, pool=pool, defaults=defaults, access=access)
-
-
-_PLAIN = (
-    *("input_uri", "output_uri", "url", "id_field", "output_format", "limit", "part_rows"),
-    *("concurrency", "max_retries", "max_failure_rate", "ray_address"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +86,7 @@ def prepare(options: BatchOptions, client: Client) -> Prepared:
         ExpertMeshError: The service does not answer, or the input cannot be read.
     """
     place = Place.of(options.input_uri, "input")
+    _check_apart(place, Place.of(options.output_uri, "output"))
     [model] = client.list_models()
     served = [
         router.grpc_address
@@ -218,7 +135,8 @@ def run_batch(
     with Client(options.url, PATIENCE, **_access(options.access)) as client:
         prepared = prepare(options, client)
         ledger = Ledger(Place.of(options.output_uri, "output"), prepared.output_format)
-        job = _begin(ledger, options, prepared)
+        with _usable(options.output_uri):
+            job = _begin(ledger, options, prepared)
         done = ledger.done()
         if (manifest := ledger.manifest()) is not None:
             return Result("completed", manifest)
@@ -233,6 +151,7 @@ def run_batch(
                 state = take_parts(working, done, meter, most_failed, lambda: ledger.is_cancelled)
         if state != "completed":
             return Result(state, asdict(meter.counts))
+        _check_whole(prepared.plan, done)
         return Result("completed", ledger.finish(job, [done[n] for n in sorted(done)]))
 
 
@@ -264,12 +183,39 @@ def take_parts(
     return "completed"
 
 
+def _check_apart(source: Place, output: Place) -> None:
+    """Refuse an output that would become input, or that is a file.
+
+    Raises:
+        ConfigurationError: It is so.
+    """
+    if source.holds(output):
+        rule = (
+            f"must not be the input ({source.uri}) nor lie in it: the parts would be read as rows"
+        )
+        raise ConfigurationError("output", rule, output.uri)
+    if output.is_file:
+        raise ConfigurationError("output", "must be a folder, not a file", output.uri)
+
+
+def _check_whole(plan: Plan, done: Mapping[int, DonePart]) -> None:
+    """Check that every row of the input is in exactly one part of the output.
+
+    Raises:
+        InternalError: One is missing.
+    """
+    for part in plan.parts:
+        rows = done[part.number].counts.rows if part.number in done else 0
+        if rows != part.num_rows:
+            raise InternalError(f"part {part.number} has {rows} rows, {part.num_rows} are due")
+
+
 def _begin(ledger: Ledger, options: BatchOptions, prepared: Prepared) -> dict[str, Any]:
     """Return what the output was begun with; begin it if nothing was."""
-    job = ledger.begun_with()
-    if job is not None:
-        prepared.identity.check_same(job["identity"], options.output_uri)
-        return job
+    found = ledger.begun_with()
+    if found is not None:
+        prepared.identity.check_same(found["identity"], options.output_uri)
+        return found
     job = {
         "input": options.input_uri,
         "config_hash": prepared.identity.config_hash,
@@ -278,8 +224,28 @@ def _begin(ledger: Ledger, options: BatchOptions, prepared: Prepared) -> dict[st
         "begun_unix_s": round(time.time(), 3),
         "num_parts": len(prepared.plan.parts),
     }
-    ledger.begin(job)
+    if not ledger.begin(job):  # another run began between the two
+        return _begin(ledger, options, prepared)
     return job
+
+
+@contextmanager
+def _usable(output_uri: str) -> Iterator[None]:
+    """Say of an output that can never be written what is wrong with it.
+
+    Raises:
+        ConfigurationError: It cannot be a folder, or not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, _UNUSABLE) or error.errno == errno.EROFS:
+            rule = f"must be a folder that can be written ({error})"
+            raise ConfigurationError("output", rule, output_uri) from error
+        raise
+
+
+_UNUSABLE = (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError)
 
 
 def _work(

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.batch.asker import Asker, AskerSettings
-from cluster.batch.drive import PATIENCE, BatchOptions, Prepared, prepare
+from cluster.batch.drive import PATIENCE, Prepared, prepare
+from cluster.batch.options import BatchOptions
 from cluster.batch.outcomes import Counts
 from cluster.batch.parts import Plan
 from cluster.batch.rows import Row, parse_line, row_of

@@ -12,7 +12,8 @@ from cluster.batch.rows import RowDefaults
 from protos.errors import BatchChangedError
 from protos.v1 import generation_pb2
 
-VERSION = 1
+VERSION = 2
+"""2: the digest of the input is made file by file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from google.rpc import status_pb2
 
-from cluster.batch.drive import BatchOptions
+from cluster.batch.options import BatchOptions
 from cluster.batch.rows import RowDefaults
 from cluster.ray_data import Pool
 from protos.errors import ExpertMeshError, from_status

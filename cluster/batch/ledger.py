@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from cluster.batch.outcomes import Counts, Outcome, to_columns, to_jsonl
 from cluster.batch.source import Format
-from cluster.batch.storage import Place, check_not_there
+from cluster.batch.storage import Place, check_not_there, json_bytes
 
 MANIFEST = "manifest.json"
 JOB = "_batch/job.json"
@@ -94,9 +94,9 @@ class Ledger:
             check_not_there(self.place, JOB, "output")
         return job
 
-    def begin(self, job: Mapping[str, Any]) -> None:
-        """Note what the batch is, before its first part."""
-        self.place.write_json(JOB, dict(job))
+    def begin(self, job: Mapping[str, Any]) -> bool:
+        """Note what the batch is, before its first part; False: somebody else just did."""
+        return self.place.create(JOB, json_bytes(dict(job)))
 
     @property
     def is_cancelled(self) -> bool:
@@ -114,7 +114,7 @@ class Ledger:
 
     def done(self) -> dict[int, DonePart]:
         """Return the committed parts by number; deletes what crashed writers left."""
-        for folder in ("", DONE, TRIES):
+        for folder in ("", "_batch", DONE, TRIES):
             self.place.delete_temporary(folder)
         noted = set(self.place.names(DONE))
         found = {}
@@ -135,6 +135,11 @@ class Ledger:
         """Return a committed part; None: it is not committed, or its writer died just then."""
         document = self.place.read_json(f"{DONE}/{number:08d}.json")
         return None if document is None else DonePart.of(document)
+
+    def committed(self, number: int) -> DonePart | None:
+        """Return a part that is noted and there; None: it is to be asked."""
+        file = Place(self.place.uri, self.place.filesystem, self.place.child(self._file(number)))
+        return self.noted(number) if file.is_file else None
 
     def try_part(self, number: int) -> None:
         """Note that a part is begun."""

@@ -17,9 +17,16 @@ from protos.errors import InvalidFieldError
 from protos.v1 import generation_pb2
 
 MAX_ID_CHARS = 512
+MAX_ID_BITS = 128
+"""Of a number."""
 URLS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
 IGNORED = frozenset({"user", "metadata", "store", "service_tier"})
 """Fields of OpenAI's bodies that change nothing here."""
+
+_WHOLE = frozenset(
+    ("max_tokens", "max_completion_tokens", "min_tokens", "seed", "n", "top_k"),
+)
+"""Fields with whole numbers: JSON's 16.0 is one, and tables whose column has gaps hold such."""
 
 # Field of a body -> part of `GenerateRequest` that has it under the same name.
 _FIELDS = {
@@ -65,11 +72,20 @@ def id_of(document: Any, id_field: str) -> str:
     """
     if not isinstance(document, Mapping):
         raise InvalidFieldError("row", "must be a JSON object", _shown(document))
-    value = document.get(id_field)
-    if not isinstance(value, str) or not 1 <= len(value) <= MAX_ID_CHARS:
-        rule = f"must be text of 1 to {MAX_ID_CHARS} characters"
+    return checked_id(document.get(id_field), id_field)
+
+
+def checked_id(value: Any, id_field: str) -> str:
+    """Return an id as text: tables often number their rows.
+
+    Raises:
+        InvalidFieldError: It is neither text nor a whole number.
+    """
+    text = str(value) if type(value) is int and value.bit_length() <= MAX_ID_BITS else value
+    if not isinstance(text, str) or not 1 <= len(text) <= MAX_ID_CHARS or not _is_unicode(text):
+        rule = f"must be text of 1 to {MAX_ID_CHARS} characters, or a whole number"
         raise InvalidFieldError(id_field, rule, _shown(value))
-    return value
+    return text
 
 
 def parse_line(line: bytes) -> Any:
@@ -80,7 +96,7 @@ def parse_line(line: bytes) -> Any:
     """
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidFieldError("row", f"must be JSON ({error})", _shown(line[:80])) from error
 
 
@@ -124,7 +140,7 @@ def _body(document: Mapping[str, Any], id_field: str) -> Mapping[str, Any]:
     if isinstance(body, str):  # a table's column of JSON
         try:
             body = json.loads(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidFieldError("body", f"must be JSON ({error})", _shown(body)) from error
     if not isinstance(body, Mapping):
         raise InvalidFieldError("body", "must be a JSON object", _shown(body))
@@ -135,6 +151,8 @@ def _set(request: generation_pb2.GenerateRequest, name: str, value: Any) -> None
     if name in IGNORED or (name == "stream" and value is False):
         return
     field = f"body.{name}"
+    if name in _WHOLE and isinstance(value, float) and value.is_integer():
+        value = int(value)
     try:
         if name == "max_completion_tokens":
             request.stopping.max_tokens = value
@@ -147,9 +165,9 @@ def _set(request: generation_pb2.GenerateRequest, name: str, value: Any) -> None
         elif name == "prompt":
             _set_prompt(request, value)
         elif name == "stop":
-            request.stopping.stop.extend([value] if isinstance(value, str) else value)
+            request.stopping.stop.extend([value] if isinstance(value, str) else _list(value))
         elif name == "stop_token_ids":
-            request.stopping.stop_token_ids.extend(value)
+            request.stopping.stop_token_ids.extend(_list(value))
         elif name == "logit_bias":
             request.sampling.logit_bias.update({int(k): v for k, v in value.items()})
         elif name == "chat_template_kwargs":
@@ -158,8 +176,14 @@ def _set(request: generation_pb2.GenerateRequest, name: str, value: Any) -> None
             request.chat.add_generation_prompt = value
         else:
             raise InvalidFieldError(field, "is not a field that a batch takes", _shown(value))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise InvalidFieldError(field, f"must fit its type ({error})", _shown(value)) from error
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError("no list")
+    return value
 
 
 def _set_messages(chat: generation_pb2.Chat, messages: Any) -> None:
@@ -215,4 +239,12 @@ def _set_defaults(
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)[:200]
+    try:
+        return value if isinstance(value, str) else repr(value)[:200]
+    except RecursionError:
+        return "a value that is nested too deeply"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether text can be written; JSON may hold half of a surrogate pair."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)

@@ -6,6 +6,7 @@ The whole input is read once to cut it (`scan`), and each part once when it is a
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from cluster.batch.parts import Found, Part, Plan, Planner
-from cluster.batch.rows import id_of, parse_line
+from cluster.batch.rows import checked_id, id_of, parse_line
 from cluster.batch.storage import Place
 from protos.errors import ConfigurationError, InvalidFieldError
 
@@ -66,13 +67,15 @@ def scan(place: Place, *, id_field: str, part_rows: int, limit: int | None) -> t
     for path in paths:
         if planner.is_full:
             break
+        of_file = hashlib.sha256()
         try:
             if kind == "jsonl":
-                planner.add_file(path, _scan_lines(place, path, id_field, digest))
+                planner.add_file(path, _scan_lines(place, path, id_field, of_file))
             else:
-                planner.add_file(path, _scan_table(place, path, id_field, digest))
+                planner.add_file(path, _scan_table(place, path, id_field, of_file))
         except (pa.ArrowException, OSError) as error:
             raise ConfigurationError("input", f"must be readable ({error})", path) from error
+        digest.update(of_file.digest())  # by file, as a part never spans two
     if not planner.num_rows:
         raise ConfigurationError("input", "must have at least one row", place.uri)
     plan = Plan(parts=tuple(planner.parts), num_rows=planner.num_rows, digest=digest.hexdigest())
@@ -95,22 +98,11 @@ def _line_id(line: bytes, id_field: str) -> str | None:
 
 def _lines(place: Place, path: str) -> Iterator[tuple[int, bytes]]:
     """Yield every line with its end, and where it begins."""
-    start, rest = 0, b""
+    start = 0
     with place.filesystem.open_input_stream(path, compression=None) as stream:
-        while block := stream.read(READ_BYTES):
-            lines = _split(rest + block)
-            rest = lines.pop()
-            for line in lines:
-                yield start, line
-                start += len(line)
-    if rest:
-        yield start, rest
-
-
-def _split(block: bytes) -> list[bytes]:
-    """Split behind every line feed; the last piece is what follows the last one."""
-    lines = block.split(b"\n")
-    return [line + b"\n" for line in lines[:-1]] + [lines[-1]]
+        for line in io.BufferedReader(stream, READ_BYTES):
+            yield start, line
+            start += len(line)
 
 
 def _scan_table(place: Place, path: str, id_field: str, digest: Any) -> Iterator[Found]:
@@ -120,12 +112,20 @@ def _scan_table(place: Place, path: str, id_field: str, digest: Any) -> Iterator
     position = 0
     with place.filesystem.open_input_file(path) as file:
         table = pq.ParquetFile(file)
-        columns = [id_field] if id_field in table.schema_arrow.names else []
-        for batch in table.iter_batches(columns=columns):
-            ids = batch.column(0).to_pylist() if columns else [None] * batch.num_rows
-            for value in ids:
-                yield Found(value if isinstance(value, str) else None, position, position + 1)
+        if id_field not in table.schema_arrow.names:
+            rule = f"must be a column of the input ({', '.join(table.schema_arrow.names)[:200]})"
+            raise ConfigurationError("id_column", rule, id_field)
+        for batch in table.iter_batches(columns=[id_field]):
+            for value in batch.column(0).to_pylist():
+                yield Found(_table_id(value, id_field), position, position + 1)
                 position += 1
+
+
+def _table_id(value: Any, id_field: str) -> str | None:
+    try:
+        return checked_id(value, id_field)
+    except InvalidFieldError:
+        return None
 
 
 class PartReader:
@@ -142,12 +142,21 @@ class PartReader:
         self._kept: tuple[tuple[str, int], pa.Table] | None = None
 
     def read(self, part: Part) -> list[bytes] | list[dict[str, Any]]:
-        """Return a part's rows: lines of a JSONL file, or a table's rows by column."""
-        if self._kind == "jsonl":
-            with self._place.filesystem.open_input_file(part.path) as file:
-                content: bytes = file.read_at(part.stop - part.start, part.start)
-            return [line for line in content.split(b"\n") if line.strip()]
-        return self._read_table(part)
+        """Return a part's rows: lines of a JSONL file, or a table's rows by column.
+
+        Raises:
+            ConfigurationError: The input is not what it was when it was cut.
+        """
+        rows = self._read_lines(part) if self._kind == "jsonl" else self._read_table(part)
+        if len(rows) != part.num_rows:
+            rule = f"must not change while it is read: {part.num_rows} rows were there"
+            raise ConfigurationError("input", rule, f"{len(rows)} rows")
+        return rows
+
+    def _read_lines(self, part: Part) -> list[bytes]:
+        with self._place.filesystem.open_input_file(part.path) as file:
+            content: bytes = file.read_at(part.stop - part.start, part.start)
+        return [line for line in content.split(b"\n") if line.strip()]
 
     def _read_table(self, part: Part) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []

@@ -1,13 +1,16 @@
 """Files of a batch, wherever they are: any file system that pyarrow knows, by path or URI.
 
-A file appears whole or not at all: on a local disk it is written beside its place and renamed, an
-object store gets it in a single put.
+A file appears whole or not at all: on a local disk it is written beside its place, synced and
+renamed, an object store gets it in a single put.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import posixpath
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ from protos.errors import ConfigurationError
 
 TEMPORARY = ".tmp-"
 """Prefix of files that are not whole yet; a crash leaves some behind."""
+TEMPORARY_S = 3600.0
+"""No file takes so long to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +75,52 @@ class Place:
     def write(self, name: str, content: bytes) -> None:
         """Write a file, whole or not at all, over what is there."""
         path = self.child(name)
-        folder = posixpath.dirname(path)
-        self.filesystem.create_dir(folder, recursive=True)
-        if not self.is_local:
-            with self.filesystem.open_output_stream(path) as stream:
-                stream.write(content)
+        self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
+        if self.is_local:
+            os.replace(_written_beside(path, content), path)
             return
-        name = f"{TEMPORARY}{posixpath.basename(path)}-{uuid.uuid4().hex[:8]}"
-        temporary = posixpath.join(folder, name)
-        with self.filesystem.open_output_stream(temporary) as stream:
+        with self.filesystem.open_output_stream(path) as stream:
             stream.write(content)
-        self.filesystem.move(temporary, path)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that is not there yet, whole or not at all; return whether it was not.
+
+        Of several writers one succeeds on a local disk; an object store may let several.
+        """
+        if not self.is_local:
+            if self.read(name) is not None:
+                return False
+            self.write(name, content)
+            return True
+        path = self.child(name)
+        self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
+        temporary = _written_beside(path, content)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            if os.path.lexists(path):
+                return False
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        return True
+
+    def holds(self, other: Place) -> bool:
+        """Whether `other` is this place or lies in it; of two file systems it does not."""
+        is_below = other.path == self.path or other.path.startswith(f"{self.path}/")
+        return bool(self.filesystem.equals(other.filesystem)) and is_below
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is there, as a file."""
+        return bool(self.filesystem.get_file_info(self.path).type == fs.FileType.File)
 
     def write_json(self, name: str, document: Any) -> None:
         """Write a JSON file; see `write`."""
-        self.write(name, json.dumps(document, indent=1, ensure_ascii=False).encode())
+        self.write(name, json_bytes(document))
 
     @property
     def is_local(self) -> bool:
@@ -108,13 +144,32 @@ class Place:
                 yield found.base_name
 
     def delete_temporary(self, folder: str = "") -> None:
-        """Delete what crashed writers left in a folder."""
+        """Delete what crashed writers left in a folder; what is young may have a live writer."""
+        oldest_ns = time.time_ns() - round(1e9 * TEMPORARY_S)
         selector = fs.FileSelector(
             self.child(folder) if folder else self.path, allow_not_found=True
         )
         for found in self.filesystem.get_file_info(selector):
-            if found.type == fs.FileType.File and found.base_name.startswith(TEMPORARY):
+            is_file = found.type == fs.FileType.File
+            is_old = found.mtime_ns is None or found.mtime_ns < oldest_ns
+            if is_file and is_old and found.base_name.startswith(TEMPORARY):
                 self.filesystem.delete_file(found.path)
+
+
+def _written_beside(path: str, content: bytes) -> str:
+    """Write a temporary file in the folder of `path`, down to the disk, and return its path."""
+    folder, name = posixpath.split(path)
+    temporary = posixpath.join(folder, f"{TEMPORARY}{name}-{uuid.uuid4().hex[:8]}")
+    with open(temporary, "xb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return temporary
+
+
+def json_bytes(document: Any) -> bytes:
+    """Return a JSON file's content."""
+    return json.dumps(document, indent=1, ensure_ascii=False).encode()
 
 
 def check_not_there(place: Place, name: str, field: str) -> None:

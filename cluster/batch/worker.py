@@ -52,7 +52,7 @@ class PartWorker:
         Raises:
             ExpertMeshError: The service is gone; see `Asker.ask`.
         """
-        if (done := self._ledger.noted(part.number)) is not None:
+        if (done := self._ledger.committed(part.number)) is not None:
             return done
         self._ledger.try_part(part.number)
         rows = self._reader.read(part)

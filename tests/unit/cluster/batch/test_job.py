@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from cluster.batch.drive import BatchOptions
 from cluster.batch.job import end_line, error_in, job_line, options_of, read_job
+from cluster.batch.options import BatchOptions
 from cluster.batch.rows import RowDefaults
 from cluster.ray_data import Pool
 from protos.errors import BatchChangedError

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +73,36 @@ def test_what_a_crashed_writer_left_is_no_part(tmp_path: Path) -> None:
     left = tmp_path / f"{TEMPORARY}part-00000000.jsonl-12"
     left.write_text("{")
     assert own.done() == {}
+    assert left.exists(), "its writer may live"
+    os.utime(left, (1, 1))
+    assert own.done() == {}
     assert not left.exists()
+
+
+def test_a_noted_part_whose_file_is_gone_is_not_done(tmp_path: Path) -> None:
+    own = ledger(tmp_path)
+    own.begin(JOB_DOCUMENT)
+    part = own.commit(0, [GOOD, BAD])
+    assert own.committed(0) == part
+    (tmp_path / part.file).unlink()
+    assert (own.committed(0), own.done()) == (None, {})
+
+
+def test_of_two_that_begin_at_once_one_does(tmp_path: Path) -> None:
+    barrier = threading.Barrier(8)
+
+    def begin(number: int) -> bool:
+        own = ledger(tmp_path)
+        barrier.wait(10)
+        return own.begin({**JOB_DOCUMENT, "input": number})
+
+    with ThreadPoolExecutor(8) as threads:
+        begun = list(threads.map(begin, range(8)))
+    assert begun.count(True) == 1
+    job = ledger(tmp_path).begun_with()
+    assert job is not None
+    assert job["input"] == begun.index(True)
+    assert [path.name for path in (tmp_path / "_batch").iterdir()] == ["job.json"]
 
 
 def test_a_table_has_columns_for_readers_who_want_the_text(tmp_path: Path) -> None:

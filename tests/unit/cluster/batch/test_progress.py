@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.batch.drive import BatchOptions, take_parts
+from cluster.batch.drive import take_parts
 from cluster.batch.ledger import DonePart
+from cluster.batch.options import BatchOptions
 from cluster.batch.outcomes import Counts
 from cluster.batch.progress import Meter
 from cluster.batch.rows import RowDefaults

@@ -76,6 +76,13 @@ def test_a_row_without_a_seed_gets_one_of_its_id() -> None:
     assert len(set(seeds)) == 3
 
 
+def test_whole_numbers_may_be_written_with_a_fraction_of_zero() -> None:
+    row = read({**CHAT, "max_tokens": 16.0, "seed": 3.0})
+    assert (row.request.stopping.max_tokens, row.request.sampling.seed) == (16, 3)
+    with pytest.raises(InvalidFieldError, match=r"body\.max_tokens must fit its type"):
+        read({**CHAT, "max_tokens": 16.5})
+
+
 def test_defaults_fill_only_what_is_unset() -> None:
     defaults = RowDefaults(max_tokens=5, temperature=0.25)
     row = read({**CHAT, "max_tokens": 2}, defaults)
@@ -86,8 +93,11 @@ def test_defaults_fill_only_what_is_unset() -> None:
     ("document", "message"),
     [
         ([1], "row must be a JSON object, got"),
-        ({"body": CHAT}, "custom_id must be text of 1 to 512 characters, got"),
-        ({"custom_id": 5, "body": CHAT}, 'custom_id must be text of 1 to 512 characters, got "5"'),
+        ({"body": CHAT}, "custom_id must be text of 1 to 512 characters, or a whole number, got"),
+        ({"custom_id": True, "body": CHAT}, 'or a whole number, got "True"'),
+        ({"custom_id": 5.5, "body": CHAT}, 'or a whole number, got "5.5"'),
+        ({"custom_id": 1 << 200, "body": CHAT}, "or a whole number, got"),
+        ({"custom_id": "half \ud800", "body": CHAT}, 'or a whole number, got "half ?"'),
         ({"custom_id": "a", "body": []}, "body must be a JSON object"),
         ({"custom_id": "a", "body": "{"}, "body must be JSON"),
         ({"custom_id": "a", "body": {}}, 'must have either messages or prompt, got "neither"'),
@@ -107,6 +117,11 @@ def test_a_row_that_is_none(document: Any, message: str) -> None:
     [
         ({**CHAT, "temperature": "hot"}, "body.temperature must fit its type"),
         ({**CHAT, "max_tokens": -1}, "body.max_tokens must fit its type"),
+        ({**CHAT, "temperature": 10**400}, "body.temperature must fit its type"),
+        ({**CHAT, "logit_bias": {"5": 10**400}}, "body.logit_bias must fit its type"),
+        ({**CHAT, "stop": {"a": 1}}, "body.stop must fit its type"),
+        ({"prompt": "half \ud800"}, "body.prompt must fit its type"),
+        ({**CHAT, "half \ud800": 1}, "body.half ? is not a field"),
         ({**CHAT, "tools": []}, "body.tools is not a field that a batch takes"),
         ({**CHAT, "stream": True}, "body.stream is not a field that a batch takes"),
         ({**CHAT, "logit_bias": {"x": 1}}, "body.logit_bias must fit its type"),
@@ -134,3 +149,25 @@ def test_a_line_that_is_no_json() -> None:
     with pytest.raises(InvalidFieldError, match="row must be JSON"):
         parse_line(b'{"custom_id": ')
     assert id_of(parse_line(b'{"custom_id": "x"}'), "custom_id") == "x"
+
+
+def test_numbers_are_ids_as_their_digits() -> None:
+    assert [id_of({"n": number}, "n") for number in (0, -7, 2**64)] == ["0", "-7", str(2**64)]
+
+
+def test_nesting_without_end_costs_its_row_alone() -> None:
+    deep = b"[" * 100_000
+    with pytest.raises(InvalidFieldError, match="row must be JSON"):
+        parse_line(deep)
+    with pytest.raises(InvalidFieldError, match="body must be JSON"):
+        read(deep.decode())
+    nested: Any = {}
+    for _ in range(5000):
+        nested = {"a": nested}
+    for body in (
+        {"prompt": nested},
+        {**CHAT, "x": nested},
+        {**CHAT, "chat_template_kwargs": nested},
+    ):
+        with pytest.raises(InvalidFieldError, match="body"):
+            read(body)

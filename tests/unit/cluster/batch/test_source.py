@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.batch import source
-from cluster.batch.parts import Found, Part, Planner
+from cluster.batch.parts import Found, Part, Plan, Planner
+from cluster.batch.rows import id_of, parse_line
 from cluster.batch.source import PartReader, files_of, scan
 from cluster.batch.storage import Place
-from protos.errors import ConfigurationError
+from protos.errors import ConfigurationError, InvalidFieldError
 
 
 def place(path: Path | str) -> Place:
@@ -105,3 +107,90 @@ def test_what_is_no_input(tmp_path: Path) -> None:
         files_of(place(tmp_path))
     with pytest.raises(ConfigurationError, match="must be readable"):
         scan(place(tmp_path / "x.parquet"), id_field="custom_id", part_rows=2, limit=None)
+
+
+def jsonl(file: Path, content: bytes, part_rows: int = 100) -> tuple[Plan, list[bytes]]:
+    """Return how a JSONL file is cut, and its rows as a client reads them."""
+    file.write_bytes(content)
+    kind, plan = scan(place(file), id_field="custom_id", part_rows=part_rows, limit=None)
+    reader = PartReader(place(file), kind)
+    return plan, [row for part in plan.parts for row in reader.read(part)]  # type: ignore[misc]
+
+
+def test_odd_lines_are_rows_all_the_same(tmp_path: Path) -> None:
+    lines = [
+        b'\xef\xbb\xbf{"custom_id": "bom"}',
+        b'{"custom_id": "crlf"}\r',
+        b"  \t\r",  # none
+        b"",  # none
+        b'{"custom_id": "\xff\xfe"}',  # no UTF-8
+        b'{"custom_id": "crlf"}',  # once more
+        b"\x00",
+        b'{"custom_id": 7}',
+        b'{"custom_id": "7"}',  # once more
+        b'{"custom_id": "long", "prompt": "' + b"x" * (9 << 20) + b'"}',
+    ]
+    plan, rows = jsonl(tmp_path / "in.jsonl", b"\n".join(lines), part_rows=3)
+    assert plan.num_rows == len(rows) == 8
+    assert [line.strip() for line in rows] == [line.strip() for line in lines if line.strip()]
+    assert [row for part in plan.parts for row in part.duplicates] == [3, 6]
+    assert parse_line(rows[0]) == {"custom_id": "bom"}
+
+
+def test_input_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    plan, _ = jsonl(file, b'{"custom_id": "a"}\n{"custom_id": "b"}\n')
+    file.write_bytes(b'{"custom_id": "a"}\n\n\n')
+    with pytest.raises(ConfigurationError, match="must not change while it is read: 2 rows"):
+        PartReader(place(file), "jsonl").read(plan.parts[0])
+
+
+def test_the_digest_tells_which_file_a_row_is_in(tmp_path: Path) -> None:
+    def digest(*files: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for number, text in enumerate(files):
+            (folder / f"{number}.jsonl").write_text(text)
+        return scan(place(folder), id_field="custom_id", part_rows=9, limit=None)[1].digest
+
+    assert digest("1\n2\n", "3\n") == digest("1\n2\n", "3\n")
+    assert digest("1\n2\n", "3\n") != digest("1\n", "2\n3\n")
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "ids"),
+    [
+        (["a", None, "a", "b"], pa.large_string(), ["a", None, "a", "b"]),
+        ([5, None, 5, 6], pa.int32(), ["5", None, "5", "6"]),
+        ([2**64 - 1, 0, 0, 1], pa.uint64(), [str(2**64 - 1), "0", "0", "1"]),
+        (["a", None, "a", "b"], pa.dictionary(pa.int8(), pa.string()), ["a", None, "a", "b"]),
+        ([b"a", b"b", b"a", None], pa.binary(), [None] * 4),
+        ([1.5, 2.0, 1.5, None], pa.float64(), [None] * 4),
+        ([None] * 4, pa.null(), [None] * 4),
+    ],
+)
+def test_ids_of_tables_are_text_or_whole_numbers(
+    tmp_path: Path, values: list[Any], kind: pa.DataType, ids: list[str | None]
+) -> None:
+    columns = {"name": pa.array(values, type=kind), "prompt": ["p"] * 4}
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet", row_group_size=3)
+    found, plan = scan(place(tmp_path), id_field="name", part_rows=3, limit=None)
+    rows = [row for part in plan.parts for row in PartReader(place(tmp_path), found).read(part)]
+    assert [_id_of(row) for row in rows] == ids
+    duplicates = {row for part in plan.parts for row in part.duplicates}
+    assert duplicates == {n for n, i in enumerate(ids) if i is not None and i in ids[:n]}
+
+
+def _id_of(row: Any) -> str | None:
+    try:
+        return id_of(row, "name")
+    except InvalidFieldError:
+        return None
+
+
+def test_a_table_without_the_column_of_ids_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1], "prompt": ["p"]}), tmp_path / "in.parquet")
+    with pytest.raises(
+        ConfigurationError, match=r"id_column must be a column of .* \(id, prompt\)"
+    ):
+        scan(place(tmp_path), id_field="custom_id", part_rows=3, limit=None)
