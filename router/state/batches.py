@@ -21,7 +21,7 @@ from router.state.batch_records import (
 )
 from router.state.control import Argument, ControlClient, ControlSettings
 from router.state.endpoint import Endpoint
-from router.state.paging import page_of
+from router.state.paging import PRUNED_AT_ONCE, page_of
 from router.state.redis_keys import BatchKeys, batch_keys
 
 Records = list[BatchRecord]
@@ -95,6 +95,7 @@ class BatchStore:
         ]
         reply = await self._client.script(scripts.CREATE, keys, arguments, durable=True)
         if reply[0] == b"OK":
+            await self._forget_expired(tenant)
             return await self.get(tenant, name)
         record = await self.get(tenant, reply[1].decode())
         asked = (model, input_uri, output_uri, options)
@@ -237,6 +238,17 @@ class BatchStore:
         """Let another drive the batch at once."""
         keys = batch_keys(lease.tenant, lease.name, lease.model)
         await self._client.script(scripts.RELEASE, keys, [lease.token])
+
+    async def _forget_expired(self, tenant: str) -> None:
+        """Take expired ones of the tenant's oldest batches out of its index.
+
+        A batch is made once and at most so many leave for it: an index that nobody lists does not
+        outgrow what is kept.
+        """
+        index = _keys(tenant).of_tenant
+        for raw in await self._client.command("ZRANGE", index, 0, PRUNED_AT_ONCE - 1):
+            if not await self._client.command("EXISTS", batch_keys(tenant, raw.decode()).record):
+                await self._client.command("ZREM", index, raw)
 
     async def _read(self, tenant: str, name: str) -> BatchRecord | None:
         key = batch_keys(tenant, name).record

@@ -174,3 +174,32 @@ async def test_a_batch_expires_after_its_last_change(
     with pytest.raises(BatchNotFoundError):
         await batches.update(lease, BatchState.IN_PROGRESS)
     assert await batches.waiting(record.model) == []
+
+
+async def test_pages_of_many_batches_hold_each_that_lives_once(
+    batches: BatchStore, tenant: str, shared_server: EmbeddedServer
+) -> None:
+    names = [(await make(batches, tenant)).name for _ in range(130)]
+    expired = {names[n] for n in (0, 1, 2, 50, 51, 100)}
+    async with redis_of(shared_server) as redis:
+        await redis.delete(*(batch_keys(tenant, name).record for name in expired))
+        listed: list[str] = []
+        sizes, token = [], ""
+        while token or not sizes:
+            page, token = await batches.list(tenant, 50, token)
+            sizes.append(len(page))
+            listed += [record.name for record in page]
+        assert sizes == [50, 50, 24]
+        assert listed == sorted(set(names) - expired, reverse=True)
+        assert await redis.zcard(batch_keys(tenant, "-").of_tenant) == 124
+
+
+async def test_an_index_that_nobody_lists_forgets_what_expired(
+    batches: BatchStore, tenant: str, shared_server: EmbeddedServer
+) -> None:
+    async with redis_of(shared_server) as redis:
+        for _ in range(20):  # each is gone before the next is made
+            made = await make(batches, tenant)
+            await redis.delete(batch_keys(tenant, made.name).record)
+        left = await redis.zrange(batch_keys(tenant, "-").of_tenant, 0, -1)
+    assert left == [made.name.encode()]
