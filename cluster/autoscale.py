@@ -26,12 +26,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.autoscale_batches import batch_signals
 from cluster.autoscale_signals import (
     Load,
     Pool,
     Signal,
     Targets,
     group_signals,
+    is_blamed_on_groups,
     router_signals,
     wander_of,
 )
@@ -156,21 +158,26 @@ def decide(state: State) -> Decision:
         has_work=bool(load.num_requests or load.batch_tokens),
         idle_s=-1.0 if idle_since_s is None else state.now_s - idle_since_s,
     )
-    decisions = []
-    for pool, limits, memory, signals in (
+    decisions, is_groups_fault = [], is_blamed_on_groups(load)
+    for pool, limits, memory, signals, is_blamed in (
         (
             state.routers,
             _range(state.policy.routers, floor=1),
             state.memory.routers,
             router_signals(load, targets, state.routers, wander, is_settled=is_settled),
+            not is_groups_fault,
         ),
         (
             state.groups,
             _range(state.policy.groups, floor=state.policy.min_groups_by_memory),
             state.memory.groups,
             group_signals(load, targets, state.groups, wander, is_settled=is_settled),
+            is_groups_fault,
         ),
     ):
+        signals += batch_signals(
+            load, targets, pool, signals, is_blamed=is_blamed, is_settled=is_settled
+        )
         decisions.append(_decide_pool(pool, limits, memory, signals, circumstances))
     (routers, router_memory), (groups, group_memory) = decisions
     return Decision(

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from cluster.autoscale import Bounds, Decision, Memory, Policy, State, decide
-from cluster.autoscale_signals import Targets
+from cluster.autoscale_batches import BatchPace, BatchWork
+from cluster.autoscale_signals import Load, Targets
 from cluster.autoscale_window import StatusWindow
 from cluster.config import AutoscaleSection
 from protos.errors import ConfigurationError, ExpertMeshError
@@ -39,8 +40,8 @@ class Membership:
     num_routers: int
     routers: Mapping[str, str]
     """router_id -> gRPC address of those that have one."""
-    batch_tokens: float | None = None
-    """Of submitted batches, not done yet; None: there is no batch."""
+    batches: BatchWork | None = None
+    """That were submitted and have not ended; None: there is none."""
 
 
 class AutoscaleLoop:
@@ -77,6 +78,7 @@ class AutoscaleLoop:
         self._window = StatusWindow(
             look_back_s=section.look_back_period_s, stale_s=STALE_INTERVALS * section.interval_s
         )
+        self._pace = BatchPace()
         self._decisions: queue.SimpleQueue[Decision] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="autoscale", daemon=True)
@@ -108,18 +110,26 @@ class AutoscaleLoop:
             self._policy, min_groups_by_memory=self._window.groups_to_hold(self._expert_bytes)
         )
         routers, groups = self._window.pools(now_s, membership.num_routers, membership.groups)
+        self._pace.note(now_s, membership.batches, routers.ready, groups.ready)
         decision = decide(
             State(
                 now_s=now_s,
                 policy=policy,
                 routers=routers,
                 groups=groups,
-                load=replace(self._window.load(now_s), batch_tokens=membership.batch_tokens),
+                load=self._load(now_s, membership.batches),
                 memory=self._memory,
             )
         )
         self._memory = decision.memory
         return decision
+
+    def _load(self, now_s: float, batches: BatchWork | None) -> Load:
+        load = self._window.load(now_s)
+        if batches is None:
+            return load
+        pace = self._pace.tokens_per_s(now_s)
+        return replace(load, batch_tokens=batches.tokens_left, batch_tokens_per_s=pace)
 
     def _run(self) -> None:
         """Decide until the end; a decision that fails is no reason to stop: outermost loop."""
@@ -182,6 +192,7 @@ def policy_of(
             group_busy=section.target_group_busy,
             ttft_s=_seconds(section.target_ttft_ms),
             itl_s=_seconds(section.target_itl_ms),
+            batch_s=section.target_batch_s,
         ),
         upscale_delay_s=section.upscale_delay_s,
         downscale_delay_s=section.downscale_delay_s,

@@ -22,6 +22,8 @@ Three kinds of signals:
            members take to start, and says nothing about how many are needed meanwhile. So queues
            do not raise before all members have started, nor while the groups are full, for which
            no router makes up, nor beyond one router a request.
+
+What batches ask for is in `cluster.autoscale_batches`.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ class Load:
     itl_s: float | None = None
     """Time between two tokens, alike."""
     batch_tokens: float | None = None
-    """Of batches, not begun yet; None: no batch runs."""
+    """Prompt and output, of rows of batches that are not done; None: there is no batch."""
+    batch_tokens_per_s: float | None = None
+    """That batches get of the members that serve now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +107,8 @@ class Targets:
     """95th percentile; None: any."""
     itl_s: float | None = None
     """95th percentile; None: any."""
-    batch_drain_s: float = 600.0
-    """In which the waiting rows of batches are to be worked off."""
+    batch_s: float = 3600.0
+    """In which batches are to be done, from now on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,13 +181,6 @@ def router_signals(
             signals.append(_flow("prefill", demand, count, text, wander))
         if load.waiting_tokens is not None:
             signals.append(_backlog(load, targets, rate, count, hinders))
-        if load.batch_tokens:
-            demand = load.batch_tokens / (rate * targets.prefill_use * targets.batch_drain_s)
-            text = (
-                f"{load.batch_tokens:,.0f} tokens of batches wait, to be done in"
-                f" {targets.batch_drain_s:g} s"
-            )
-            signals.append(_flow("batch", demand, count, text, 0.0, is_steady=False))
     if load.num_requests is not None:
         demand = load.num_requests / targets.ongoing_requests
         text = f"{load.num_requests:,.0f} requests, target {targets.ongoing_requests:g} a router"
@@ -192,7 +189,7 @@ def router_signals(
         if usage is not None:
             text = f"{usage:.0%} used, target {targets.kv_usage:.0%}"
             signals.append(_held(name, pool.ready * usage / targets.kv_usage, count, text))
-    elsewhere = ", lost elsewhere" if _is_blamed_on_groups(load) else ""
+    elsewhere = ", lost elsewhere" if is_blamed_on_groups(load) else ""
     waits_s = load.waiting_tokens / (rate * count) if rate and load.waiting_tokens else 0.0
     return signals + _latency(
         load, targets, count, signals, elsewhere, saves_s=waits_s, is_settled=is_settled
@@ -216,7 +213,7 @@ def group_signals(
     demand = pool.ready * load.group_busy / targets.group_busy
     text = f"busy {load.group_busy:.0%} of the time, target {targets.group_busy:.0%}"
     signals = [_flow("busy", demand, pool.count, text, wander)]
-    elsewhere = "" if _is_blamed_on_groups(load) else ", lost elsewhere"
+    elsewhere = "" if is_blamed_on_groups(load) else ", lost elsewhere"
     # Twice as many groups halve what they take of it; what takes more is not for groups to save,
     # nor is a wait for a router's seat: if they are why seats are full, they are busy.
     has_seats = (load.state_slot_usage or 0.0) < SEATS_FULL
@@ -232,7 +229,7 @@ def steady_demand(signals: Sequence[Signal]) -> float:
     return max(steady or [signal.demand for signal in signals], default=0.0)
 
 
-def _is_blamed_on_groups(load: Load) -> bool:
+def is_blamed_on_groups(load: Load) -> bool:
     """Return whether most of a step's time goes by in the expert groups."""
     return (load.dispatch_share or 0.0) >= BLAMED_SHARE
 
@@ -267,9 +264,7 @@ def _latency(
         if seen_s is None or target_s is None:
             continue
         text = f"p95 {seen_s * 1e3:,.0f} ms, target {target_s * 1e3:,.0f} ms"
-        hinders = elsewhere
-        if not hinders and demand < BUSY_ENOUGH * count:
-            hinders = f", but the members are used for {demand:.1f} of {count}: more would not help"
+        hinders = elsewhere or hinders_idle(demand, count)
         if not hinders and seen_s - saved_s > target_s:
             hinders = ", but the rest of it takes longer: more would not help"
         is_missed = seen_s > (1 + RAISE_MARGIN) * target_s
@@ -283,6 +278,13 @@ def _latency(
             )
         )
     return found
+
+
+def hinders_idle(demand: float, count: int) -> str:
+    """Return that the members are used too little for more of them to help; empty: they are not."""
+    if demand >= BUSY_ENOUGH * count:
+        return ""
+    return f", but the members are used for {demand:.1f} of {count}: more would not help"
 
 
 def _hinders_queues(load: Load, *, is_settled: bool) -> str:
@@ -321,23 +323,21 @@ def _backlog(load: Load, targets: Targets, rate: float, count: int, hinders: str
     )
 
 
-def _flow(
-    name: str, demand: float, count: int, text: str, wander: float, *, is_steady: bool = True
-) -> Signal:
+def _flow(name: str, demand: float, count: int, text: str, wander: float) -> Signal:
     """What comes in a second; the band is wider where it wanders more."""
     return Signal(
         name=name,
         demand=demand,
-        raises_to=_raises_to(demand, count, min(wander, MOST_RAISE_MARGIN)),
+        raises_to=raises_to_of(demand, count, min(wander, MOST_RAISE_MARGIN)),
         needs=demand * (1 + max(KEEP_MARGIN, WANDERS_KEPT * wander)),
         text=text,
-        is_steady=is_steady,
+        is_steady=True,
     )
 
 
 def _held(name: str, demand: float, count: int, text: str, hinders: str = "") -> Signal:
     """What fewer members would hold longer, and so more of at a time."""
-    raises_to = _raises_to(demand, count, RAISE_MARGIN)
+    raises_to = raises_to_of(demand, count, RAISE_MARGIN)
     return Signal(
         name=name,
         demand=demand,
@@ -347,6 +347,7 @@ def _held(name: str, demand: float, count: int, text: str, hinders: str = "") ->
     )
 
 
-def _raises_to(demand: float, count: int, margin: float) -> int:
+def raises_to_of(demand: float, count: int, margin: float) -> int:
+    """Return how many members a demand asks for; 0: it is within the margin of what there is."""
     is_over = demand > count * (1 + max(margin, RAISE_MARGIN))
     return math.ceil(round(demand, 9)) if is_over else 0

@@ -120,6 +120,10 @@ CommitIntervalS = Annotated[
 ]
 BatchRootUris = Annotated[list[str] | None, _setting("batch.roots", "--batch-root", panel="Batch")]
 MaxBatches = Annotated[int | None, _setting("batch.max_running", "--max-batches", panel="Batch")]
+BatchMetricsPort = Annotated[
+    int | None, _setting("batch.metrics_port", "--batch-metrics-port", panel="Batch")
+]
+BatchTtl = Annotated[float | None, _setting("batch.ttl_s", "--batch-ttl", panel="Batch")]
 ColdKvGib = Annotated[float | None, _setting("engine.cold_kv_gib", "--cold-kv-gib", panel="Engine")]
 RayAddress = Annotated[
     str | None, _setting("cluster.ray_address", "--ray-address", panel="Cluster")
@@ -174,6 +178,9 @@ TargetTtft = Annotated[
 TargetItl = Annotated[
     float | None, _setting("autoscale.target_itl_ms", "--target-itl-ms", panel="Autoscale")
 ]
+TargetBatch = Annotated[
+    float | None, _setting("autoscale.target_batch_s", "--target-batch-s", panel="Autoscale")
+]
 Verbose = Annotated[bool | None, _setting("cluster.verbose", "--verbose", panel="Cluster")]
 
 
@@ -220,6 +227,8 @@ def serve(
     commit_interval_s: CommitIntervalS = None,
     batch_root: BatchRootUris = None,
     max_batches: MaxBatches = None,
+    batch_ttl: BatchTtl = None,
+    batch_metrics_port: BatchMetricsPort = None,
     ray_address: RayAddress = None,
     namespace: Namespace = None,
     group_resource: GroupResource = None,
@@ -238,6 +247,7 @@ def serve(
     downscale_delay: DownscaleDelay = None,
     target_ttft_ms: TargetTtft = None,
     target_itl_ms: TargetItl = None,
+    target_batch_s: TargetBatch = None,
     verbose: Verbose = None,
     config: ConfigFile = None,
 ) -> None:
@@ -289,6 +299,8 @@ def serve(
                 "state.commit_interval_s": commit_interval_s,
                 "batch.roots": batch_root or None,
                 "batch.max_running": max_batches,
+                "batch.ttl_s": batch_ttl,
+                "batch.metrics_port": batch_metrics_port,
                 "cluster.ray_address": ray_address,
                 "cluster.namespace": namespace,
                 "cluster.group_resource": group_resource,
@@ -308,6 +320,7 @@ def serve(
                 "autoscale.downscale_delay_s": downscale_delay,
                 "autoscale.target_ttft_ms": target_ttft_ms,
                 "autoscale.target_itl_ms": target_itl_ms,
+                "autoscale.target_batch_s": target_batch_s,
             },
             os.environ,
             config,

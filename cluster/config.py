@@ -164,6 +164,8 @@ class BatchSection:
     """Submitted batches that run at the same time; the others wait."""
     ttl_s: float = number(2592000.0, minimum=60)
     """Seconds that a batch is listed after its last change; its files stay."""
+    metrics_port: int | None = number(None, minimum=0, maximum=65535)
+    """Port of Prometheus metrics of submitted batches, in the process of `serve`; unset: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +232,8 @@ class AutoscaleSection:
     """Time to first token, 95th percentile, in milliseconds; unset: any."""
     target_itl_ms: float | None = number(None, minimum=0.1)
     """Time between two tokens, 95th percentile, in milliseconds; unset: any."""
+    target_batch_s: float = number(3600.0, minimum=1)
+    """Seconds in which what is left of submitted batches is to be done, at their measured pace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

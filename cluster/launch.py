@@ -236,7 +236,7 @@ class Service:
             groups=groups,
             num_routers=made.scaling.target.routers,
             routers=made.routers.addresses(),
-            batch_tokens=self._batches.backlog_tokens if self._batches else None,
+            batches=self._batches.work if self._batches else None,
         )
 
     def _start_batches(self, processes: Processes) -> None:
@@ -254,9 +254,12 @@ class Service:
             ray_address=self._ray_address,
             routers=processes.routers.addresses,
             holder=f"serve.{self._service_id}",
+            metrics_host=self.config.router.host,
         )
         self._batches = BatchSupervisor(site)
         self._batches.start()
+        if self._batches.metrics_port is not None:
+            self.progress(f"metrics of batches are on port {self._batches.metrics_port}")
 
     def _open_state(self) -> None:
         """Find or start the servers of sessions and cached KV."""

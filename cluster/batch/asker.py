@@ -7,12 +7,15 @@
   be resumed; a row that fails so `MAX_LONE_FAILURES` times while others are answered is refused:
   it may be what kills the routers.
 
-A stream that breaks is resumed on another router by the client library, token by token.
+A stream that breaks is resumed on another router by the client library, token by token. Routers
+that come while the batch runs are asked, too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import random
 import time
 from dataclasses import dataclass
@@ -38,9 +41,15 @@ from protos.retry import ClientConfig
 from protos.tls import Access
 from protos.v1 import generation_pb2
 
+log = logging.getLogger(__name__)
+
+READY = "READY"
+TLS_SCHEME = "grpcs://"
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
 MAX_LONE_FAILURES = 10
+LOOK_S = 10.0
+"""Between two looks for routers that have come."""
 
 
 class Fault(Enum):
@@ -91,14 +100,14 @@ class Asker:
         self._settings = settings
         self._seats = asyncio.Semaphore(settings.concurrency)
         addresses = list(settings.addresses)
-        config = ClientConfig(timeout_s=settings.row_timeout_s, max_attempts=3)
         # One client per router; each knows the others, for when its own dies.
-        self._clients = [
-            _client(addresses[i:] + addresses[:i], config, settings.access)
-            for i in range(len(addresses))
-        ]
-        self._load = [0] * len(addresses)
+        self._clients = {
+            address: _client(addresses[i:] + addresses[:i], settings)
+            for i, address in enumerate(addresses)
+        }
+        self._load = dict.fromkeys(addresses, 0)
         self._heard_at = time.monotonic()
+        self._looking = asyncio.create_task(self._look_for_routers())
 
     async def ask(self, row: Row) -> Outcome:
         """Return what became of a row.
@@ -120,24 +129,47 @@ class Asker:
                     return outcome
 
     async def _try(self, row: Row) -> Outcome:
-        index = min(range(len(self._load)), key=self._load.__getitem__)
+        address = min(self._load, key=self._load.__getitem__)
         request = generation_pb2.GenerateRequest()
         request.CopyFrom(row.request)  # a try gets an id of its own
         completion = Completion()
-        self._load[index] += 1
+        self._load[address] += 1
         try:
-            async for message in self._clients[index].messages(request):
+            async for message in self._clients[address].messages(request):
                 for event in events_of(message):
                     completion.add(event)
         finally:
-            self._load[index] -= 1
+            self._load[address] -= 1
         if any(c.finish_reason is FinishReason.CANCELLED for c in completion.choices):
             raise RequestCancelledError(detail="somebody cancelled the row")
         return answered(row, completion, self._settings.model)
 
+    async def look(self) -> None:
+        """Take note of the routers that there are; one that left stays known, and costs a try.
+
+        Raises:
+            ExpertMeshError: None of them answers.
+        """
+        known = list(self._clients)
+        scheme = TLS_SCHEME if known[0].startswith(TLS_SCHEME) else ""
+        status = await self._clients[min(self._load, key=self._load.__getitem__)].status()
+        for router in status.routers:
+            address = scheme + router.grpc_address
+            if router.state == READY and router.grpc_address and address not in self._clients:
+                self._clients[address] = _client([address, *known], self._settings)
+                self._load[address] = 0
+                log.info("batch_router_found address=%s", address)
+
+    async def _look_for_routers(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            with contextlib.suppress(ExpertMeshError):  # rows say it, if it lasts
+                await self.look()
+
     async def close(self) -> None:
         """Close the connections."""
-        for client in self._clients:
+        self._looking.cancel()
+        for client in self._clients.values():
             await client.close()
 
 
@@ -188,5 +220,7 @@ class _Failures:
         return max(backoff_s, error.retry_after_s or 0.0)
 
 
-def _client(addresses: list[str], config: ClientConfig, access: Access) -> AsyncClient:
+def _client(addresses: list[str], settings: AskerSettings) -> AsyncClient:
+    config = ClientConfig(timeout_s=settings.row_timeout_s, max_attempts=3)
+    access = settings.access
     return AsyncClient(addresses, config, tls=access.tls, api_key=access.api_key)

@@ -68,6 +68,21 @@ class BatchDrive:
         self._progress = record.progress
         self._starts = record.starts
 
+    @property
+    def progress(self) -> BatchProgress:
+        """How far the batch is."""
+        return self._progress
+
+    @property
+    def starts(self) -> int:
+        """Of its drivers, those of earlier leases included."""
+        return self._starts
+
+    @property
+    def state(self) -> BatchState:
+        """As this process left it, or read it last."""
+        return self._state
+
     async def run(self) -> None:
         """Drive the batch until it has ended, or is not ours any more."""
         name = self._record.name
@@ -169,6 +184,7 @@ class BatchDrive:
                 await asyncio.sleep(BEAT_S)
             else:
                 log.info("batch_ended batch=%s state=%s", self._record.name, state)
+                self._state = state
                 return True
 
     async def _beat(self, phase: BatchState | None, error: ExpertMeshError | None = None) -> None:
@@ -192,26 +208,3 @@ class BatchDrive:
         while (left_s := until - loop.time()) > 0 and self._state is not BatchState.CANCELLING:
             await asyncio.sleep(min(BEAT_S, left_s))
             await self._beat(None)
-
-
-def tokens_waiting(records: list[BatchRecord]) -> float | None:
-    """Return the tokens of the rows that are not done; None: no batch is there.
-
-    Where a batch has no row done, its rows count as those of the others do, and as 1 token where
-    there are none: it is work, and nobody knows yet how much.
-
-    Args:
-        records: The batches that have not ended.
-    """
-    if not records:
-        return None
-    progress: list[BatchProgress] = [record.progress for record in records]
-    rows = sum(one.rows_done for one in progress)
-    tokens = sum(one.prompt_tokens + one.completion_tokens for one in progress)
-    mean = tokens / rows if rows else 1.0
-    return float(
-        sum(
-            max(one.rows_total - one.rows_done, not one.rows_total) * (one.tokens_per_row or mean)
-            for one in progress
-        )
-    )

@@ -14,14 +14,17 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from cluster.batch.driving import BatchDrive, tokens_waiting
+from cluster.autoscale_batches import BatchWork
+from cluster.batch.driving import BatchDrive
+from cluster.batch.figures import SETTING, BatchFigures, BatchTally, batch_metrics_text
 from cluster.batch.job import job_line, options_of
 from cluster.config import BatchSection
+from cluster.metrics import MetricsServer
 from cluster.security import Security
 from protos.errors import InvalidFieldError, NotReadyError, StateUnavailableError, Violation
 from router.gateway.batch_roots import BatchRoots
 from router.state.batch_records import BatchRecord
-from router.state.batches import BatchStore
+from router.state.batches import BatchStore, Records
 from router.state.endpoint import Endpoint
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ class BatchSite:
     """Returns router_id -> gRPC address; any thread may call."""
     holder: str
     """Name of this process in leases."""
+    metrics_host: str = "127.0.0.1"
+    """Address of the port of Prometheus metrics, where there is one."""
 
     def job(self, record: BatchRecord) -> bytes:
         """Return what a driver of a batch is told.
@@ -74,20 +79,47 @@ class BatchSupervisor:
     """Drives batches from `start` to `close`."""
 
     site: BatchSite
-    backlog_tokens: float | None = None
-    """Of rows that are not done, as of the last look; None: there is no batch."""
+    figures: BatchFigures = field(default_factory=BatchFigures)
+    """As of the last look; any thread may read."""
     _stopped: asyncio.Event = field(default_factory=asyncio.Event)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
-    _driven: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
+    _driven: dict[tuple[str, str], _Driven] = field(default_factory=dict)
+    _tally: BatchTally = field(default_factory=BatchTally)
+    _metrics: MetricsServer | None = None
     _thread: threading.Thread | None = None
 
+    @property
+    def work(self) -> BatchWork | None:
+        """What is left to do in all batches; None: there is none."""
+        return self.figures.work
+
+    @property
+    def metrics_port(self) -> int | None:
+        """Of Prometheus metrics; None: there is none."""
+        return self._metrics.port if self._metrics is not None else None
+
     def start(self) -> None:
-        """Begin to look for batches."""
+        """Begin to look for batches.
+
+        Raises:
+            ConfigurationError: The port of metrics is taken.
+        """
+        port = self.site.section.metrics_port
+        if port is not None:
+            self._metrics = MetricsServer(
+                self.site.metrics_host,
+                port,
+                lambda: batch_metrics_text(self.figures, self.site.model),
+                SETTING,
+            )
         self._thread = threading.Thread(target=self._main, name="batches", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """End the drivers and give the batches back: the next `serve` goes on with them at once."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
         if self._thread is None or not self._thread.is_alive():
             return
         self._loop.call_soon_threadsafe(self._stopped.set)
@@ -114,26 +146,34 @@ class BatchSupervisor:
                     log.exception("batches_look_failed")
                 stop = asyncio.create_task(self._stopped.wait())
                 await asyncio.wait(
-                    [stop, *self._driven.values()],
+                    [stop, *(driven.task for driven in self._driven.values())],
                     timeout=LOOK_S,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 stop.cancel()
         finally:
-            for task in self._driven.values():
+            tasks = [driven.task for driven in self._driven.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._driven.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await store.close()
 
     async def _look(self, store: BatchStore) -> None:
         """Take note of what ended, and begin what may begin."""
-        for key, task in list(self._driven.items()):
+        for key, driven in list(self._driven.items()):
+            drive, task = driven.drive, driven.task
+            self._tally.take(key, drive.progress, drive.starts)
             if task.done():
                 del self._driven[key]
+                self._tally.forget(key, drive.state)
                 if not task.cancelled() and (error := task.exception()) is not None:
                     log.error("batch_drive_failed batch=%s", key[1], exc_info=error)
         waiting = await store.waiting(self.site.model)
-        self.backlog_tokens = tokens_waiting(waiting)
+        await self._begin(store, waiting)
+        self.figures = self._tally.figures(waiting, len(self._driven))
+
+    async def _begin(self, store: BatchStore, waiting: Records) -> None:
+        """Take the oldest of the batches that wait, as many as may run."""
         for record in waiting:
             key = (record.tenant, record.name)
             if len(self._driven) >= self.site.section.max_running:
@@ -143,4 +183,13 @@ class BatchSupervisor:
             lease = await store.acquire(record, self.site.holder)
             if lease is not None:
                 drive = BatchDrive(store, record, lease, self.site.job)
-                self._driven[key] = asyncio.create_task(drive.run())
+                self._tally.take(key, drive.progress, drive.starts)
+                self._driven[key] = _Driven(drive, asyncio.create_task(drive.run()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Driven:
+    """A batch that this process drives."""
+
+    drive: BatchDrive
+    task: asyncio.Task[None]

@@ -353,7 +353,7 @@ class AutoscaleSignal(_message.Message):
     def __init__(self, name: _Optional[str] = ..., demand: _Optional[float] = ..., raises_to: _Optional[int] = ..., keeps: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
 
 class AutoscaleLoad(_message.Message):
-    __slots__ = ("prompt_tokens_per_s", "waiting_tokens", "prefill_tokens_per_s", "num_requests", "kv_usage", "state_slot_usage", "dispatch_share", "group_busy", "ttft_s", "itl_s", "batch_tokens", "requests_per_s")
+    __slots__ = ("prompt_tokens_per_s", "waiting_tokens", "prefill_tokens_per_s", "num_requests", "kv_usage", "state_slot_usage", "dispatch_share", "group_busy", "ttft_s", "itl_s", "batch_tokens", "requests_per_s", "batch_tokens_per_s")
     PROMPT_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
@@ -366,6 +366,7 @@ class AutoscaleLoad(_message.Message):
     ITL_S_FIELD_NUMBER: _ClassVar[int]
     BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BATCH_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens_per_s: float
     waiting_tokens: float
     prefill_tokens_per_s: float
@@ -378,4 +379,5 @@ class AutoscaleLoad(_message.Message):
     itl_s: float
     batch_tokens: float
     requests_per_s: float
-    def __init__(self, prompt_tokens_per_s: _Optional[float] = ..., waiting_tokens: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., num_requests: _Optional[float] = ..., kv_usage: _Optional[float] = ..., state_slot_usage: _Optional[float] = ..., dispatch_share: _Optional[float] = ..., group_busy: _Optional[float] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., batch_tokens: _Optional[float] = ..., requests_per_s: _Optional[float] = ...) -> None: ...
+    batch_tokens_per_s: float
+    def __init__(self, prompt_tokens_per_s: _Optional[float] = ..., waiting_tokens: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., num_requests: _Optional[float] = ..., kv_usage: _Optional[float] = ..., state_slot_usage: _Optional[float] = ..., dispatch_share: _Optional[float] = ..., group_busy: _Optional[float] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., batch_tokens: _Optional[float] = ..., requests_per_s: _Optional[float] = ..., batch_tokens_per_s: _Optional[float] = ...) -> None: ...

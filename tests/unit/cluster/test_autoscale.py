@@ -131,12 +131,6 @@ def test_kv_slots_and_requests_add_routers() -> None:
         assert decision.routers.reason.startswith(f"{name}: ")
 
 
-def test_a_batch_that_waits_adds_routers() -> None:
-    policy = replace(POLICY, targets=Targets(batch_drain_s=100.0))
-    decision = Loop(policy).hold(replace(IDLE, batch_tokens=400_000), 6)
-    assert decision.routers.wanted == 3  # 400,000 / (1,600 * 100 s) = 2.5
-
-
 def test_busy_groups_get_company_and_idle_ones_leave_after_the_longer_delay() -> None:
     loop = Loop()
     assert loop.hold(replace(IDLE, num_requests=9, group_busy=1.0), 6).groups.wanted == 2

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.autoscale import Decision, Policy
+from cluster.autoscale_batches import BatchWork
 from cluster.autoscale_log import NUM_KEPT, DecisionLog, decision_message
 from cluster.autoscale_loop import AutoscaleLoop, Membership, policy_of
 from cluster.autoscaler import Autoscaler, check_bounds, policy_at_start
@@ -81,12 +82,19 @@ def test_a_busy_group_gets_company_from_what_was_observed() -> None:
     assert wanted == [1, 1, 2]
 
 
-def test_what_waits_in_batches_counts_as_load() -> None:
+def test_what_is_left_of_batches_counts_as_load_once_its_pace_is_known() -> None:
     service = Service()
     loop = service.loop()
-    waiting = Membership(groups=1, num_routers=2, routers=ADDRESSES, batch_tokens=4e5)
-    loop._membership = lambda: waiting
-    assert loop.decide_once().load.batch_tokens == 4e5
+    found = []
+    for done in (0, 100, 100, 1300):
+        work = BatchWork(tokens_left=4e5, tokens_done=done)
+        waiting = Membership(groups=1, num_routers=2, routers=ADDRESSES, batches=work)
+        loop._membership = lambda waiting=waiting: waiting  # type: ignore[misc]
+        load = loop.decide_once().load
+        found.append((load.batch_tokens, load.batch_tokens_per_s))
+        service.now_s += 20.0
+    # from the first commit at 20 s to the second at 60 s: 1,200 tokens in 40 s
+    assert found == [(4e5, None), (4e5, None), (4e5, None), (4e5, 30.0)]
 
 
 def test_questions_end_with_the_interval() -> None:

@@ -1,4 +1,4 @@
-"""A batch under a lease, with real driver processes that find no service, or die; and the backlog.
+"""A batch under a lease, with real driver processes that find no service, or die.
 
 The drivers are given an address where nobody listens, or a job that is none: what they say and how
 they end is what `serve` has to live with.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.batch import driving
 from cluster.batch.driver_process import DriverProcess
-from cluster.batch.driving import BatchDrive, tokens_waiting
+from cluster.batch.driving import BatchDrive
 from cluster.batch.job import job_line, options_of
 from protos.errors import InvalidFieldError, NotReadyError, from_status_bytes
 from protos.ids import new_batch_name
@@ -122,20 +121,3 @@ async def test_a_driver_ends_with_who_started_it(tmp_path: Path) -> None:
     await driver.close()
     ended = await driver.read()
     assert ended.how in ("died", "interrupted")
-
-
-def batch(**progress: int) -> BatchRecord:
-    return replace(record(), progress=BatchProgress(**progress))
-
-
-def test_the_backlog_is_rows_left_times_tokens_a_row() -> None:
-    begun = batch(rows_total=100, rows_done=40, prompt_tokens=400, completion_tokens=600)
-    assert tokens_waiting([]) is None
-    # 60 rows left of 25 tokens each.
-    assert tokens_waiting([begun]) == 1500
-    # 10 rows of another that has none done: 25 tokens each, too.
-    assert tokens_waiting([begun, batch(rows_total=10)]) == 1750
-    # One whose rows nobody has counted is a row at least, and work even alone.
-    assert tokens_waiting([begun, batch()]) == 1525
-    assert tokens_waiting([batch()]) == 1
-    assert tokens_waiting([batch(rows_total=4, rows_done=4, prompt_tokens=40)]) == 0

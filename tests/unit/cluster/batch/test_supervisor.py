@@ -7,12 +7,14 @@ There is no router, so what it takes waits for one; drivers are in `test_driving
 from __future__ import annotations
 
 import asyncio
+import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
+from cluster.autoscale_batches import BatchWork
 from cluster.batch.supervisor import BatchSite, BatchSupervisor
 from cluster.config import BatchSection, Config
 from cluster.security import load_security
@@ -66,7 +68,7 @@ def submit(server: StoreServer, root: Path, model: str = "tiny") -> BatchRecord:
 def supervisor(server: StoreServer, root: Path) -> BatchSupervisor:
     site = BatchSite(
         model="tiny",
-        section=BatchSection(roots=(str(root),), max_running=1),
+        section=BatchSection(roots=(str(root),), max_running=1, metrics_port=0),
         security=load_security(Config()),
         meta=server.endpoint,
         ray_address="auto",
@@ -74,6 +76,14 @@ def supervisor(server: StoreServer, root: Path) -> BatchSupervisor:
         holder="serve.test",
     )
     return BatchSupervisor(site)
+
+
+def scrape(taker: BatchSupervisor) -> dict[str, float]:
+    """Return the metrics as Prometheus gets them, without their prefix."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{taker.metrics_port}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    found = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name.removeprefix("expertmesh_"): float(value) for name, value in found}
 
 
 def test_one_batch_at_a_time_of_our_model_and_given_back_at_the_end(
@@ -90,12 +100,20 @@ def test_one_batch_at_a_time_of_our_model_and_given_back_at_the_end(
     try:
         taken = eventually(lambda: read(first) if read(first).error else None)
         assert isinstance(from_status_bytes(taken.error), NotReadyError)
-        assert eventually(lambda: taker.backlog_tokens) == 2.0, "two batches of unknown size"
+        assert eventually(lambda: taker.work) == BatchWork(tokens_left=2.0, tokens_done=0), (
+            "two batches of unknown size"
+        )
+        eventually(lambda: taker.figures.driver_starts == 0 and taker.figures.running == 1)
+        found = scrape(taker)
+        assert found['batches{model_name="tiny",state="running"}'] == 1
+        assert found['batches{model_name="tiny",state="waiting"}'] == 1
         assert ask(server, lambda store: store.acquire(first, "serve.other")) is None
         assert (read(second).error, read(other).error) == (b"", b"")
         ask(server, lambda store: store.cancel("", first.name))
         eventually(lambda: read(first).state is BatchState.CANCELLED)
         eventually(lambda: read(second).error)
+        ended = 'batches_ended_total{model_name="tiny",state="cancelled"}'
+        assert eventually(lambda: scrape(taker).get(ended)) == 1
     finally:
         taker.close()
     assert read(other).updated_ms == other.updated_ms

@@ -24,6 +24,8 @@ from cluster.batch.storage import Place
 from cluster.batch.worker import PartWorker, WorkerSettings
 from protos import errors
 from protos.tls import Access
+from protos.v1 import cluster_pb2, cluster_pb2_grpc
+from router.gateway.server import Service
 from tests.eventually import eventually
 from tests.tcp_proxy import proxied
 from tests.unit.router.gateway_service import GatewayService, ScriptModel, running
@@ -283,3 +285,31 @@ def test_rows_in_flight_are_bounded_over_all_parts(tmp_path: Path) -> None:
             asyncio.run(both())
     assert 1 <= most <= 3
     assert len(output(tmp_path)) == 12
+
+
+def test_routers_that_come_are_asked_too(tmp_path: Path) -> None:
+    served = cluster_pb2.ClusterStatus()
+
+    class Cluster(cluster_pb2_grpc.ClusterServiceServicer):
+        async def GetStatus(self, request: Any, context: Any) -> cluster_pb2.ClusterStatus:
+            return served
+
+    name = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
+    extra = Service(name, Cluster(), cluster_pb2_grpc.add_ClusterServiceServicer_to_server)
+    plan = plan_of(tmp_path, [line(f"r{i}") for i in range(8)])
+    with (
+        running(HashScript(), services=(extra,)) as first,
+        running(HashScript()) as second,
+        working(tmp_path, first.address, concurrency=8) as worker,
+    ):
+        for address, state in (
+            (first.address, "READY"),
+            (second.address, "READY"),
+            ("127.0.0.1:1", "STARTING"),
+        ):
+            served.routers.add(router_id=address, grpc_address=address, state=state)
+        worker._call(worker._asker.look())
+        assert worker.run(plan.parts[0]).counts == Counts(
+            rows=8, prompt_tokens=32, completion_tokens=48
+        )
+        assert [r.engine.stats().generation_tokens for r in (first, second)] == [24, 24]
