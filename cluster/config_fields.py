@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
-import textwrap
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -71,13 +71,17 @@ class Field:
 
 
 def fields_of(config: type[Any]) -> dict[str, Field]:
-    """Return dotted path -> field of a dataclass of sections, in the order of the source."""
+    """Return dotted path -> field of a dataclass of sections, in the order of the source.
+
+    The sections are classes of the same module.
+    """
     found = {}
     sections = typing.get_type_hints(config)
+    attribute_docs = _attribute_docs(config.__module__)
     for section in dataclasses.fields(config):
         cls = sections[section.name]
         hints = typing.get_type_hints(cls)
-        docs = _attribute_docs(cls)
+        docs = attribute_docs[cls.__name__]
         for item in dataclasses.fields(cls):
             kinds = [hints[item.name]]
             if typing.get_origin(kinds[0]) in (types.UnionType, typing.Union):
@@ -164,13 +168,16 @@ def json_schema(config: type[Any], fields: Mapping[str, Field]) -> dict[str, Any
     }
 
 
-def _attribute_docs(cls: type[Any]) -> dict[str, str]:
-    """Return the docstrings that stand under a class's fields."""
-    body = typing.cast(
-        ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    ).body
+def _attribute_docs(module: str) -> dict[str, dict[str, str]]:
+    """Return class -> field -> the docstring that stands under it, of a module's classes."""
+    # Once for all classes: `inspect.getsource` of a class parses the whole module.
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: _docs_in(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _docs_in(node: ast.ClassDef) -> dict[str, str]:
     docs = {}
-    for statement, below in itertools.pairwise(body):
+    for statement, below in itertools.pairwise(node.body):
         if (
             isinstance(statement, ast.AnnAssign)
             and isinstance(statement.target, ast.Name)
