@@ -133,7 +133,8 @@ def _json_rows(lines: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise ConfigurationError(f"line {number}", "must be a JSON object", line[:80])
         if isinstance(row.get("load"), dict):  # a decision, as `explain --json` prints it
-            counts = {kind: row[kind]["count"] for kind in _COUNTS if kind in row}
+            pools = {kind: row[kind] for kind in _COUNTS if kind in row}
+            counts = {k: p.get("count") if isinstance(p, dict) else p for k, p in pools.items()}
             row = {"t_s": row.get("unix_s"), **row["load"], **counts}
         yield number, row
 

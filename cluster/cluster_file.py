@@ -90,7 +90,12 @@ def read_cluster_file(path: Path) -> ClusterFile:
     if len(start) != 1:
         rule = f"must hold one command that begins with `{SERVICE_START.strip()}`"
         violations.append(Violation(f"{FIELD}.head_start_ray_commands", rule, str(len(start))))
-    arguments = shlex.split(start[0].partition(SERVICE_START)[2]) if start else []
+    arguments: list[str] = []
+    try:
+        arguments = shlex.split(start[0].partition(SERVICE_START)[2]) if start else []
+    except ValueError as error:
+        rule = f"must be what a shell can read ({error})"
+        violations.append(Violation(f"{FIELD}.head_start_ray_commands", rule, start[0]))
     provider, auth = document["provider"], document.get("auth", {})
     mounts = document.get("file_mounts", {})
     token = mounts.get(TOKEN_MOUNT)
@@ -145,10 +150,9 @@ def ensure_token(file: ClusterFile) -> bool:
 def _document(path: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigurationError(
-            FIELD, f"must be a readable file ({error.strerror})", str(path)
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigurationError(FIELD, f"must be a readable file ({why})", str(path)) from None
     except yaml.YAMLError as error:
         raise ConfigurationError(FIELD, f"must be valid YAML: {error}", str(path)) from None
     if not isinstance(document, dict):
@@ -167,7 +171,8 @@ def _check_schema(document: dict[str, Any]) -> None:
         raise InternalError("ray is not installed")
     schema = json.loads((Path(spec.origin).parent / "autoscaler/ray-schema.json").read_text())
     # Ray moves this one into a node type of its own before it looks.
-    is_local = document.get("provider", {}).get("type") == LOCAL
+    provider = document.get("provider")
+    is_local = isinstance(provider, dict) and provider.get("type") == LOCAL
     seen = {k: v for k, v in document.items() if not (is_local and k == "min_workers")}
     violations = [
         Violation(".".join([FIELD, *map(str, error.path)]), error.message, _short(error.instance))

@@ -422,9 +422,10 @@ def _fields() -> dict[str, Field]:
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigurationError(
-            "--config", f"must be a readable file ({error.strerror})", str(path)
+            "--config", f"must be a readable file ({why})", str(path)
         ) from None
     try:
         if path.suffix == ".json":

@@ -74,6 +74,8 @@ def test_people_see_the_changes_and_the_last_sums(tmp_path: Path) -> None:
         ("t_s\n2,3\n", "trace.csv:2 must hold only"),
         ('{"t_s": 1}\n{oops\n', "line 2 must be JSON"),
         ('{"t_s": 1}\n[]\n', "line 2 must be a JSON object"),
+        ('{"unix_s": 1, "load": {}, "groups": {}}\n', "trace.csv:1 groups must be a number"),
+        ('{"unix_s": 1, "load": {}, "groups": []}\n', "trace.csv:1 groups must be a number"),
     ],
 )
 def test_a_mistake_in_a_trace_is_named_with_its_line(

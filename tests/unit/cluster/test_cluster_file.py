@@ -87,6 +87,11 @@ def test_a_flag_that_serve_does_not_know_is_refused(
     assert "No such option: --expert-group" in refusal(tmp_path, document)
 
 
+def test_what_no_shell_can_read_is_refused(tmp_path: Path, document: dict[str, Any]) -> None:
+    document["head_start_ray_commands"][-1] += ' --api-key-file "keys'
+    assert "must be what a shell can read (No closing quotation)" in refusal(tmp_path, document)
+
+
 def test_a_file_that_starts_no_service_is_refused(tmp_path: Path, document: dict[str, Any]) -> None:
     del document["head_start_ray_commands"][-1]
     assert "must hold one command that begins with `expertmesh service start --`" in refusal(
@@ -118,6 +123,18 @@ def test_machines_that_do_not_answer_are_named(tmp_path: Path, document: dict[st
     answer = CliRunner().invoke(app, ["up", "--check", str(written(tmp_path, document))])
     assert answer.exit_code == 4, answer.output
     assert "ssh nobody-of-that-name@127.0.0.1: " in answer.stderr
+
+
+def test_a_file_that_is_no_text_and_a_provider_that_is_no_mapping_are_refused(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigurationError, match="not UTF-8 text"):
+        read_cluster_file(path)
+    path.write_text("cluster_name: x\nprovider: local\n")
+    with pytest.raises(ConfigurationError, match=r"provider 'local' is not of type 'object'"):
+        read_cluster_file(path)
 
 
 def test_no_file_and_no_yaml_are_configuration_errors(tmp_path: Path) -> None:

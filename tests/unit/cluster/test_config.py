@@ -106,6 +106,9 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str) -> None:
 def test_a_missing_file_and_a_foreign_suffix_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="No such file"):
         load_config(file=tmp_path / "gone.toml")
+    (tmp_path / "mesh.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigurationError, match="not UTF-8 text"):
+        load_config(file=tmp_path / "mesh.toml")
     (tmp_path / "mesh.yaml").write_text("router: {}")
     with pytest.raises(ConfigurationError, match=r"must end in \.toml or \.json"):
         load_config(file=tmp_path / "mesh.yaml")
