@@ -37,6 +37,11 @@ READY = "READY"
 LOOK_S = 0.5
 DOWN_TIMEOUT_S = 120.0
 TAIL_LINES = 40
+END_COMMAND = (
+    "ray stop --force >/dev/null 2>&1; pid=~/.expertmesh/service.pid;"
+    ' test ! -e $pid || ! kill -0 "$(cat $pid)" 2>/dev/null'
+)
+"""Succeeds where nothing of ours runs any more; a killed supervisor leaves the file behind."""
 _PHASE = re.compile(r"\[\d/\d\] (.+)")
 
 Progress = Callable[[str], None]
@@ -96,8 +101,7 @@ def down(file: ClusterFile, progress: Progress) -> None:
         return
     machines = [Machine.of(file, address) for address in file.machines]
     deadline = time.monotonic() + DOWN_TIMEOUT_S
-    command = "ray stop --force >/dev/null 2>&1; test ! -e ~/.expertmesh/service.pid"
-    while left := [a for a, r in ask_all(machines, command).items() if r.code]:
+    while left := [a for a, r in ask_all(machines, END_COMMAND).items() if r.code]:
         if time.monotonic() > deadline:
             raise DeadlineExceededError(
                 f"the end of the service on {', '.join(left)}", DOWN_TIMEOUT_S

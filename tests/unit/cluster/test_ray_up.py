@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from cluster.cluster_file import ClusterFile
 from cluster.front import StatusPort
-from cluster.ray_up import up, wait_ready
+from cluster.ray_up import END_COMMAND, up, wait_ready
 from protos.errors import DeadlineExceededError, UnauthenticatedError, UnreachableError
 from protos.tls import Access
 from tests.certificates import Authority
@@ -69,3 +70,24 @@ def test_what_came_instead_of_a_service_is_told() -> None:
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(DeadlineExceededError, match=rf"{address} \(not reachable"):
         wait_ready(address, Access(), lambda sentence: None, 0.0)
+
+
+@pytest.mark.parametrize("is_left", ["nothing", "the file", "the process"])
+def test_a_machine_is_done_when_no_supervisor_runs_there(tmp_path: Path, is_left: str) -> None:
+    """A supervisor that was killed leaves the file with its process id behind."""
+    folder = tmp_path / ".expertmesh"
+    folder.mkdir()
+    ray = tmp_path / "ray"  # in the place of the one that ends what others run here
+    ray.write_text("#!/bin/sh\n")
+    ray.chmod(0o700)
+    with subprocess.Popen(
+        ["true" if is_left == "the file" else "cat"], stdin=subprocess.PIPE
+    ) as process:
+        if is_left == "the file":
+            process.wait()
+        if is_left != "nothing":
+            (folder / "service.pid").write_text(str(process.pid))
+        command = ["bash", "-c", END_COMMAND]
+        environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+        done = subprocess.run(command, env=environment, timeout=20).returncode == 0
+    assert done == (is_left != "the process")
