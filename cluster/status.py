@@ -223,5 +223,6 @@ def _numbers(document: Any, message: Any) -> Any:
     fixed = {}
     for name, value in document.items():
         field = getattr(message, name) if isinstance(message, Message) else message[name]
-        fixed[name] = int(value) if isinstance(field, int) else _numbers(value, field)
+        is_number = isinstance(field, int) and not isinstance(field, bool)
+        fixed[name] = int(value) if is_number else _numbers(value, field)
     return fixed

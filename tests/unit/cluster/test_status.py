@@ -50,3 +50,11 @@ def test_spilled_kv_is_numbers_in_json() -> None:
         "read_blocks": 8,
         "read_bytes": 5 << 20,
     }
+
+
+def test_what_is_so_or_not_is_a_boolean_in_json() -> None:
+    scaling = cluster_pb2.ScalingStatus(target_groups=2, is_settled=True)
+    document = message_document(cluster_pb2.ClusterStatus(scaling=scaling))["scaling"]
+    assert (document["is_settled"], document["is_asleep"]) == (True, False)
+    assert {type(document[name]) for name in ("is_settled", "is_asleep")} == {bool}
+    assert type(document["target_groups"]) is int
