@@ -122,8 +122,8 @@ class _Backlog:
     """Finds when the queue is worked off that a trace left when its load became constant.
 
     While it lasts the load on the members is not constant: they are rightly kept, and it may take
-    longer than any stretch of given length (64 slots, 256 waiting, answers of 30 s). It counts as
-    gone, too, when it shrinks no more: the load is as much as the service can do.
+    longer than any stretch of given length (64 slots, 256 waiting, answers of 30 s). Under load it
+    counts as gone, too, when it shrinks no more: the load is as much as the service can do.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -140,7 +140,7 @@ class _Backlog:
             since_s, more = self._before
             one_interval = trace.last_tokens_per_s * trace.interval_s
             is_gone = waiting <= max(one_interval, 0.5 * trace.truth.prompt_tokens)
-            if not is_gone and now_s - since_s >= self._look_s:
+            if not is_gone and one_interval and now_s - since_s >= self._look_s:
                 is_gone, self._before = waiting > SHRINKS * more, (now_s, waiting)
             if is_gone:
                 self.gone_at_s = now_s
