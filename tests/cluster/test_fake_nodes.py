@@ -78,6 +78,7 @@ def test_the_first_requests_bring_them_back_and_wait_within_their_deadlines(
             stub = cluster_pb2_grpc.ClusterServiceStub(channel)
             stub.Scale(cluster_pb2.ScaleRequest(expert_groups=1), timeout=20)
         eventually(lambda: len(ask_status(address).groups) == 1, CHANGE_S, 0.2)
+        eventually(lambda: fake_nodes.num_nodes() == 1, CHANGE_S, 0.2)
         before = traffic.num_done
         eventually(lambda: traffic.num_done >= before + 3 or traffic.failures, CHANGE_S)
     assert traffic.failures == []

@@ -15,12 +15,24 @@ class Brake:
 
     runs: threading.Event
     """Cleared: the next step waits."""
-    _steps_left: int | None = None
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        """Between a step that is about to wait and the test that lets it run on."""
+        self._steps_left: int | None = None
 
     def stop_after(self, steps: int | None) -> None:
         """Let so many more steps run, then wait; None lets it run on."""
-        self._steps_left = steps
-        if steps is None:
+        with self._lock:
+            self._steps_left = steps
+            if steps is None:
+                self.runs.set()
+
+    def go_on(self, steps: int) -> None:
+        """Let the step that waits run, and so many in all, then wait again."""
+        self.wait_until_stopped()
+        with self._lock:
+            self._steps_left = steps - 1
             self.runs.set()
 
     @property
@@ -34,10 +46,10 @@ class Brake:
 
     def brake(self, batch: Any) -> None:
         """Wait, where the steps are used up."""
-        if self._steps_left is not None:
+        with self._lock:
             if self._steps_left == 0:
                 self.runs.clear()
-            else:
+            elif self._steps_left is not None:
                 self._steps_left -= 1
         assert self.runs.wait(30)
 
@@ -46,6 +58,7 @@ class HashScript(Brake, HashModel):
     """Every token depends on all before it."""
 
     def __init__(self) -> None:
+        Brake.__init__(self)
         HashModel.__init__(self, vocab=260)
         self.runs = threading.Event()
         self.runs.set()
@@ -56,5 +69,6 @@ class BrakedScript(Brake, ScriptModel):
     """Recites, up to the step at which it is stopped."""
 
     def __init__(self, script: str | list[int]) -> None:
+        Brake.__init__(self)
         ScriptModel.__init__(self, script)
         self.before_forward = self.brake

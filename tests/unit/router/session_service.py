@@ -68,6 +68,14 @@ def run_turn(service: GatewayService, prompt: Any, session_id: str, **options: A
     return list(service.client.messages(turn_request(prompt, session_id, **options)))
 
 
+def take(stream: Iterator[generation_pb2.GenerateResponse], num_tokens: int) -> Messages:
+    """Return the messages until so many tokens have come; one may have several."""
+    messages: Messages = []
+    while len(ids_of(messages)) < num_tokens:
+        messages.append(next(stream))
+    return messages
+
+
 def ids_of(messages: Messages) -> list[int]:
     """Return the tokens of some messages."""
     return [token_id for message in messages for token_id in message.token_ids]

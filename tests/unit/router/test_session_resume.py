@@ -20,6 +20,7 @@ from tests.unit.router.session_service import (
     ids_of,
     router,
     run_turn,
+    take,
     text_of,
     tokens_of,
     turn_request,
@@ -49,7 +50,7 @@ def cut_turn(
     """Take `accepted` and so many tokens of a turn, then lose the stream."""
     service.model.stop_after(num_tokens)
     stream = service.client.messages(request)
-    held = [next(stream) for _ in range(1 + num_tokens)]
+    held = take(stream, num_tokens)
     stream.close()  # type: ignore[attr-defined]
     # Released before the gateway knows, the model may bring the turn to its end.
     eventually(lambda: service.servicer._live.get("", request.request_id) is None)
@@ -140,7 +141,7 @@ def test_a_cancelled_turn_is_replayed_too(server: StoreServer) -> None:
         service.model.stop_after(2)
         request = turn_request("Once", "cancelled", request_id="r", ignore_eos=True)
         stream = service.client.messages(request)
-        whole = [next(stream) for _ in range(3)]
+        whole = take(stream, 2)
         eventually(lambda: service.model.is_stopped)
         service.client.cancel("r")
         service.model.stop_after(None)

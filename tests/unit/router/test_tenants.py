@@ -31,7 +31,7 @@ from tests.store_servers import StoreServer, running_store
 from tests.unit.router.gateway_service import GatewayService, running
 from tests.unit.router.hash_model import ReusingHashModel
 from tests.unit.router.hash_script import HashScript
-from tests.unit.router.session_service import ids_of, turn_request
+from tests.unit.router.session_service import ids_of, take, turn_request
 
 KEYS = (ApiKey("key-a", "a"), ApiKey("key-b", "b"), ApiKey("key-plain"))
 ONCE = ClientConfig(timeout_s=30, short_timeout_s=10, max_attempts=1)
@@ -154,7 +154,7 @@ def test_a_foreign_request_is_one_that_does_not_run(served: Served, session_id: 
     model.stop_after(2)
     request = turn_request("Once", session_id, request_id="same", max_tokens=6, ignore_eos=True)
     stream = served.a.messages(request)
-    held = [next(stream) for _ in range(2)]
+    held = take(stream, 1)
     eventually(lambda: model.is_stopped)
     assert served.b.cancel("same") == []
     resumed = type(request)()

@@ -13,7 +13,7 @@ from router.state.counters import Distribution, Histogram
 from tests.eventually import eventually
 from tests.store_servers import StoreServer, running_store
 from tests.unit.router.gateway_service import PROMPT, GatewayService
-from tests.unit.router.session_service import create, router, run_turn, turn_request
+from tests.unit.router.session_service import create, router, run_turn, take, turn_request
 
 
 @pytest.fixture
@@ -62,14 +62,12 @@ def test_tokens_that_are_not_saved_are_counted_while_their_turn_runs(
     service.model.stop_after(4)
     request = turn_request(PROMPT, "lag", max_tokens=12, ignore_eos=True)
     with closing(service.client.messages(request)) as stream:  # type: ignore[type-var]
-        for _ in range(5):
-            next(stream)
+        take(stream, 4)
         eventually(lambda: service.model.is_stopped and stats(service).num_unsaved == 0)
         assert stats(service).unsaved_s == 0
         server.freeze()
-        service.model.stop_after(2)
-        service.model.runs.set()
-        eventually(lambda: stats(service).num_unsaved == 3)  # the step that waited, and two
+        service.model.go_on(3)
+        eventually(lambda: stats(service).num_unsaved == 3)
         before = stats(service).unsaved_s
         eventually(lambda: stats(service).unsaved_s > before > 0)
         server.thaw()
@@ -85,8 +83,7 @@ def test_a_turn_that_is_not_persisted_is_counted_and_leaves_nothing(
     create(server, "gone")
     service.model.stop_after(2)
     stream = service.client.messages(turn_request(PROMPT, "gone", max_tokens=4, ignore_eos=True))
-    for _ in range(3):
-        next(stream)
+    take(stream, 2)
     server.kill()
     service.model.stop_after(None)
     assert not list(stream)[-1].finished.persisted
@@ -102,8 +99,7 @@ def test_a_second_writer_and_a_deleted_session_are_counted(
     create(server, "one")
     service.model.stop_after(2)
     stream = service.client.messages(turn_request(PROMPT, "one", max_tokens=9, ignore_eos=True))
-    for _ in range(3):
-        next(stream)
+    take(stream, 2)
     with pytest.raises(SessionBusyError):
         run_turn(service, PROMPT, "one")
     assert stats(service).conflicts == 1
