@@ -20,7 +20,7 @@ def scale(
     ] = None,
     routers: Annotated[int | None, typer.Option(help="Routers likewise.", min=1)] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when it is so.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait at most.")] = 600.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait at most.", min=0)] = 600.0,
     url: Url = DEFAULT_URL,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
@@ -47,7 +47,7 @@ def scale(
 def drain(
     target: Annotated[str, typer.Argument(help="A router or an expert group.")],
     timeout: Annotated[
-        float, typer.Option(help="Seconds that it gets; 0: as the service is configured.")
+        float, typer.Option(help="Seconds that it gets; 0: as the service is configured.", min=0)
     ] = 0.0,
     url: Url = DEFAULT_URL,
     tls_ca: TlsCa = None,

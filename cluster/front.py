@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 
 from cluster.config import Config
 from cluster.security import Security, load_security
-from protos.errors import ConfigurationError, NotReadyError
+from protos.errors import ConfigurationError, NotReadyError, UnsupportedFeatureError
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
 from router.gateway.authentication import ApiKeyInterceptor, Callers
 from router.gateway.interceptor import ErrorInterceptor
@@ -155,6 +155,18 @@ class _StatusServicer(cluster_pb2_grpc.ClusterServiceServicer):
         return cluster_pb2.ClusterStatus(
             model=self._model, state=self.state, progress=list(self.progress)
         )
+
+    async def refuse(self, request: Any, context: Context) -> Any:
+        """Name who answers all other questions.
+
+        Raises:
+            UnsupportedFeatureError: Always.
+        """
+        routers = self.routers()
+        who = f"a router, e.g. {next(iter(routers))}" if routers else "a router, once there is one"
+        raise UnsupportedFeatureError(f"anything but the status on this port: ask {who}")
+
+    Drain = Scale = PlanPlacement = ApplyPlacement = ExplainAutoscale = WatchStatus = refuse
 
 
 def _last_part(path: str) -> str:

@@ -12,7 +12,12 @@ import grpc
 
 from cluster.console import err_console, out_console, print_json
 from cluster.status import ask_status, message_document
-from protos.errors import ExpertMeshError, UnreachableError, from_rpc_error
+from protos.errors import (
+    ExpertMeshError,
+    InvalidFieldError,
+    UnreachableError,
+    from_rpc_error,
+)
 from protos.routers import Routers, channels
 from protos.tls import Access
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
@@ -107,6 +112,8 @@ def drain_member(url: str, access: Access, target: str, timeout_s: float, *, as_
     Raises:
         ExpertMeshError: Not reachable, no such member, or it did not get done in time.
     """
+    if not target:  # the router that is asked would take it for itself
+        raise InvalidFieldError("target", "must be the name of a router or an expert group", "")
     request = cluster_pb2.DrainRequest(target=target, timeout_s=timeout_s)
     with access.channel(url) as channel, _telling(url, access):
         try:

@@ -19,6 +19,7 @@ from protos.errors import ConfigurationError
 PLAIN_SCHEME, TLS_SCHEME = "grpc://", "grpcs://"
 API_KEY_HEADER = "authorization"
 API_KEY_PREFIX = "Bearer "
+MAX_PORT = 65535
 
 ChannelOptions = Sequence[tuple[str, Any]]
 
@@ -124,7 +125,12 @@ class Access:
         return keyed
 
     def _target(self, address: str) -> tuple[str, ClientTls | None]:
-        scheme, separator, target = address.partition("://")
+        scheme, separator, target = address.rpartition("://")
+        port = target.rpartition(":")[2]
+        if not target or (port.isdigit() and int(port) > MAX_PORT):  # gRPC would take another one
+            raise ConfigurationError(
+                "address", f"must be host:port with a port of at most {MAX_PORT}", address
+            )
         if not separator:
             return address, self.tls
         if scheme + separator == TLS_SCHEME:

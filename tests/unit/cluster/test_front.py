@@ -12,16 +12,20 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.autoscale_explain import ask_decisions
 from cluster.config import Config, load_config
 from cluster.front import ASK_TIMEOUT_S, StatusPort
+from cluster.scale_commands import Wanted, drain_member, scale_service
 from cluster.security import load_security
 from cluster.status import ask_status, print_status
 from protos.errors import (
     ConfigurationError,
     DeadlineExceededError,
+    InvalidFieldError,
     NotReadyError,
     UnauthenticatedError,
     UnreachableError,
+    UnsupportedFeatureError,
 )
 from protos.tls import Access, ClientTls
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
@@ -113,6 +117,25 @@ def test_a_router_whose_host_is_gone_is_asked_last(port: StatusPort, router: str
         with pytest.raises(DeadlineExceededError):
             ask_status(port.address, timeout_s=0.3)
         assert ask_status(port.address, timeout_s=ASK_TIMEOUT_S).placement_epoch == 7
+
+
+def test_who_wants_to_change_something_is_sent_to_a_router(port: StatusPort) -> None:
+    wanted = Wanted(expert_groups=2, routers=None)
+    with pytest.raises(UnsupportedFeatureError, match="ask a router, once there is one"):
+        scale_service(port.address, Access(), wanted, None, as_json=False)
+    port.ready(lambda: ("10.0.0.12:50051",))
+    for ask in (
+        lambda: scale_service(port.address, Access(), wanted, None, as_json=False),
+        lambda: drain_member(port.address, Access(), "router-1", 1.0, as_json=False),
+        lambda: ask_decisions(port.address, Access(), 1),
+    ):
+        with pytest.raises(UnsupportedFeatureError, match=r"ask a router, e\.g\. 10.0.0.12:50051"):
+            ask()
+
+
+def test_a_drain_without_a_name_is_refused() -> None:
+    with pytest.raises(InvalidFieldError, match="must be the name of a router"):
+        drain_member("127.0.0.1:1", Access(), "", 1.0, as_json=False)
 
 
 def test_no_router_that_answers_is_an_error(port: StatusPort) -> None:
