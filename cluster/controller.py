@@ -154,7 +154,7 @@ class StopGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BeginPlan:
     """Begin to bring this placement about."""
 
     placement: Placement
@@ -227,7 +227,7 @@ class Wake:
 Action = (
     StartGroup
     | StopGroup
-    | Plan
+    | BeginPlan
     | LoadGroup
     | Trim
     | Connect
@@ -369,7 +369,7 @@ def _plan_or_clean(
         plan = replan(placement, capacities, observed.load, lost, even=is_ordered)
         is_same = not num_moves(placement, plan) and plan.groups == placement.groups
         if not is_same or lost or is_behind or is_ordered:
-            return [Plan(plan)]
+            return [BeginPlan(plan)]
     # A router that starts has been sent the placement in force, or one before: it must catch up.
     if any(0 < r.follows < placement.epoch for r in routers.values()):
         return []

@@ -34,7 +34,7 @@ STOP_TIMEOUT_S = 30.0
 """How long a group gets to close its port before it is killed."""
 
 
-class Phase(Enum):
+class ProcessPhase(Enum):
     """What a group's process is doing; the value is the actor's method that ends the phase."""
 
     PREPARE = "prepare"
@@ -44,7 +44,7 @@ class Phase(Enum):
     GIVEN_UP = "gave up"
 
 
-class Recipe(Protocol):
+class GroupRecipe(Protocol):
     """How the service makes a group; every method returns at once."""
 
     def reserve_group(self) -> Any:
@@ -87,7 +87,7 @@ class Group:
     """See `GroupView`."""
     work: Any = None
     """The reference of a load or a trim that is under way."""
-    phase: Phase = Phase.PREPARE
+    phase: ProcessPhase = ProcessPhase.PREPARE
     pending: Any = None
     """The reference that ends the phase."""
     was_up: bool = False
@@ -98,10 +98,10 @@ class Group:
 
     def view(self) -> GroupView:
         """Return what the controller sees."""
-        if self.phase is Phase.UP:
+        if self.phase is ProcessPhase.UP:
             phase = GroupPhase.RUNNING
         else:
-            phase = GroupPhase.LEAVING if self.phase is Phase.STOP else GroupPhase.STARTING
+            phase = GroupPhase.LEAVING if self.phase is ProcessPhase.STOP else GroupPhase.STARTING
         return GroupView(
             phase=phase,
             holds=self.holds,
@@ -136,7 +136,7 @@ class Groups:
     """
 
     calls: Calls
-    recipe: Recipe
+    recipe: GroupRecipe
     progress: Callable[[str], None]
     start_timeout_s: float
     clock: Callable[[], float] = time.monotonic
@@ -148,7 +148,7 @@ class Groups:
     @property
     def given_up(self) -> list[str]:
         """The groups that die too often."""
-        return [g.group_id for g in self.all.values() if g.phase is Phase.GIVEN_UP]
+        return [g.group_id for g in self.all.values() if g.phase is ProcessPhase.GIVEN_UP]
 
     def watch(self) -> None:
         """Begin: every group is up."""
@@ -168,11 +168,11 @@ class Groups:
     def stop(self, group_id: str) -> None:
         """End a group and give its place back."""
         group = self.all[group_id]
-        if group.phase is not Phase.UP:
+        if group.phase is not ProcessPhase.UP:
             self._forget(group)
             return
         group.deadline = self.clock() + STOP_TIMEOUT_S
-        group.phase, group.pending = Phase.STOP, group.actor.call(Phase.STOP.value)
+        group.phase, group.pending = ProcessPhase.STOP, group.actor.call(ProcessPhase.STOP.value)
 
     def end(self, group_id: str, error: ExpertMeshError) -> None:
         """End a process that answers no more; it starts again."""
@@ -182,11 +182,11 @@ class Groups:
         """Start the groups whose backoff is over, and end starts that take too long."""
         now = self.clock()
         for group in list(self.all.values()):
-            if group.phase is Phase.WAITING and now >= group.retry_at:
+            if group.phase is ProcessPhase.WAITING and now >= group.retry_at:
                 self._spawn(group)
             elif now < group.deadline:
                 continue
-            elif group.phase is Phase.STOP:
+            elif group.phase is ProcessPhase.STOP:
                 self._left(group)
             else:
                 self._not_started(group, DeadlineExceededError("the start", self.start_timeout_s))
@@ -198,52 +198,53 @@ class Groups:
         try:
             value = self.calls.result(group_id, reference, GroupLostError)
         except ExpertMeshError as error:
-            if group.phase is not Phase.STOP:
+            if group.phase is not ProcessPhase.STOP:
                 self._died(group, error)
                 return
             value = None
-        if group.phase is Phase.PREPARE:
+        if group.phase is ProcessPhase.PREPARE:
             group.facts = value
             self.trouble = ""
             self._enter_up(group)
-        elif group.phase is Phase.STOP:
+        elif group.phase is ProcessPhase.STOP:
             self._left(group)
         else:
             self._died(group, GroupLostError(group_id, "stopped"))
 
     def _spawn(self, group: Group) -> None:
         now = self.clock()
-        group.phase, group.deadline = Phase.PREPARE, min(group.deadline, now + self.start_timeout_s)
+        group.phase = ProcessPhase.PREPARE
+        group.deadline = min(group.deadline, now + self.start_timeout_s)
         try:
             group.actor = self.recipe.spawn_group(group.group_id, group.place)
-            group.pending = group.actor.call(Phase.PREPARE.value)
+            group.pending = group.actor.call(ProcessPhase.PREPARE.value)
         except ExpertMeshError as error:
             if now >= group.deadline:
                 self._not_started(group, error)
             else:  # one of the same name has just left, and Ray still knows it
-                group.phase, group.retry_at = Phase.WAITING, now + FIRST_BACKOFF_S
+                group.phase, group.retry_at = ProcessPhase.WAITING, now + FIRST_BACKOFF_S
 
     def _enter_up(self, group: Group) -> None:
-        group.phase, group.deadline = Phase.UP, float("inf")
+        group.phase, group.deadline = ProcessPhase.UP, float("inf")
         group.restarts.is_up(self.clock())
         group.was_up = True
-        group.pending = group.actor.call(Phase.UP.value)
+        group.pending = group.actor.call(ProcessPhase.UP.value)
 
     def _died(self, group: Group, error: ExpertMeshError) -> None:
         """Note a death, or a start that failed, and plan what comes next."""
         if not group.was_up:
             self._not_started(group, error)
             return
-        was_running = group.phase is Phase.UP
+        was_running = group.phase is ProcessPhase.UP
         self._end_process(group)
         self.recipe.group_died(group.group_id)
         log.warning("group_died group=%s phase=%s", group.group_id, group.phase.name)
         what = "died" if was_running else "did not come back"
         delay_s = group.restarts.died(self.clock())
         if delay_s is None:
-            group.phase = Phase.GIVEN_UP
+            group.phase = ProcessPhase.GIVEN_UP
         else:
-            group.phase, group.retry_at = Phase.WAITING, self.clock() + delay_s
+            group.phase, group.retry_at = ProcessPhase.WAITING, self.clock() + delay_s
         self.progress(f"{group.group_id} {what} ({error.message}); {next_step(delay_s)}")
 
     def _not_started(self, group: Group, error: ExpertMeshError) -> None:

@@ -49,7 +49,7 @@ from protos.errors import InternalError
 from protos.v1 import cluster_pb2
 from router.engine.engine import Engine
 from router.gateway.delivery import LoopDelivery
-from router.gateway.routing import Load, RouterView, unpack_warm, warm_set
+from router.gateway.routing import PeerView, RouterLoad, unpack_warm, warm_set
 from router.gateway.server import Gateway, GatewayOptions, GatewayThread
 from router.model.cache_io import DecoderCacheIo
 from router.model.decoder import Decoder
@@ -384,19 +384,19 @@ class RouterProcess:
             )
         return figures
 
-    def _view(self) -> RouterView:
+    def _view(self) -> PeerView:
         """Return this router as the others are to see it."""
         assert self._engine is not None
         stats = self._engine.stats()
         rate = self._shared.tier.cost.prefill_tokens_per_s if self._shared else 0.0
-        load = Load(
+        load = RouterLoad(
             prefill_tokens_per_s=rate,
             queued_tokens=stats.num_queued_tokens,
             num_running=stats.num_running + stats.num_waiting,
             max_running=self._engine.config.max_num_seqs,
         )
         warm = unpack_warm(warm_set(self._engine.warm_positions()))
-        return RouterView(router_id=self._engine_id, address=self._address, load=load, warm=warm)
+        return PeerView(router_id=self._engine_id, address=self._address, load=load, warm=warm)
 
 
 def _gateway_options(start: RouterStart, security: Security) -> GatewayOptions:

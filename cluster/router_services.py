@@ -19,7 +19,7 @@ from router.gateway.gating import GatingServicer
 from router.gateway.generation import GenerationServicer
 from router.gateway.request_reader import ServedModel
 from router.gateway.server import (
-    Service,
+    GrpcService,
     batch_service,
     gating_service,
     generation_service,
@@ -35,7 +35,7 @@ class RouterServices:
     generation: GenerationServicer
     gating: GatingServicer | None
     """None: the model is dense."""
-    registered: tuple[Service, ...]
+    registered: tuple[GrpcService, ...]
     """All of them, for the server."""
 
 
@@ -87,7 +87,7 @@ def router_services(
     )
     services = [
         generation_service(generation),
-        Service(
+        GrpcService(
             cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
             cluster,
             cluster_pb2_grpc.add_ClusterServiceServicer_to_server,

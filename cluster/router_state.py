@@ -21,7 +21,7 @@ from protos.tls import Access
 from router.engine.chain import namespace_digest
 from router.gateway.forwarding import Forwarder
 from router.gateway.heartbeat import Heartbeat
-from router.gateway.routing import RouterView
+from router.gateway.routing import PeerView
 from router.state.batches import BatchStore
 from router.state.cold import BlobCold
 from router.state.control import ControlClient, ControlSettings
@@ -90,7 +90,7 @@ class RouterState:
         boot: str,
         service: str,
         namespace: str,
-        own: Callable[[], RouterView],
+        own: Callable[[], PeerView],
         access: Access,
     ) -> None:
         self.namespace = namespace

@@ -35,7 +35,7 @@ STOP_TIMEOUT_S = 30.0
 """How long a router gets to close its port, and to say that it is drained, before it is killed."""
 
 
-class Phase(Enum):
+class RouterPhase(Enum):
     """What a router is doing; the value is the actor's method that ends the phase."""
 
     PREPARE = "prepare"
@@ -63,7 +63,7 @@ class Calls(Protocol):
         ...
 
 
-class Recipe(Protocol):
+class RouterRecipe(Protocol):
     """How the service makes a router; every method returns at once."""
 
     def spawn_router(self, router_id: str) -> Any:
@@ -120,7 +120,7 @@ class Router:
     """Its process lets requests wait."""
     work: Any = None
     """The reference of a connect or a switch that is under way, or of falling asleep or waking."""
-    phase: Phase = Phase.PREPARE
+    phase: RouterPhase = RouterPhase.PREPARE
     pending: Any = None
     """The reference that ends the phase."""
     was_up: bool = False
@@ -148,7 +148,7 @@ class Routers:
     """
 
     calls: Calls
-    recipe: Recipe
+    recipe: RouterRecipe
     progress: Callable[[str], None]
     start_timeout_s: float
     clock: Callable[[], float] = time.monotonic
@@ -157,24 +157,24 @@ class Routers:
     @property
     def up(self) -> list[Router]:
         """The routers that serve."""
-        return [router for router in self.all.values() if router.phase is Phase.UP]
+        return [router for router in self.all.values() if router.phase is RouterPhase.UP]
 
     @property
     def is_over(self) -> bool:
         """Whether no router serves or ever will."""
-        return all(r.phase in (Phase.LEFT, Phase.GIVEN_UP) for r in self.all.values())
+        return all(r.phase in (RouterPhase.LEFT, RouterPhase.GIVEN_UP) for r in self.all.values())
 
     @property
     def given_up(self) -> list[str]:
         """The routers that die too often."""
-        return [r.router_id for r in self.all.values() if r.phase is Phase.GIVEN_UP]
+        return [r.router_id for r in self.all.values() if r.phase is RouterPhase.GIVEN_UP]
 
     def addresses(self) -> dict[str, str]:
         """Return router_id -> address of all but those that left; some may be down."""
         return {
             router.router_id: router.ready.address
             for router in list(self.all.values())  # other threads ask, too
-            if router.ready is not None and router.phase is not Phase.LEFT
+            if router.ready is not None and router.phase is not RouterPhase.LEFT
         }
 
     def watch(self) -> None:
@@ -185,27 +185,27 @@ class Routers:
 
     def add(self) -> str:
         """Start one more router, at the next `tick`; return its id."""
-        taken = {r.index for r in self.all.values() if r.phase is not Phase.LEFT}
+        taken = {r.index for r in self.all.values() if r.phase is not RouterPhase.LEFT}
         index = next(i for i in range(len(taken) + 1) if i not in taken)
         router_id = f"router-{index}"
         self.all.pop(router_id, None)
-        self.all[router_id] = Router(router_id, index, phase=Phase.WAITING)
+        self.all[router_id] = Router(router_id, index, phase=RouterPhase.WAITING)
         return router_id
 
     def drain(self, router_id: str, timeout_s: float) -> None:
         """Let a router finish what runs, or hand it over after `timeout_s`, and leave."""
         router = self.all[router_id]
-        if router.phase is Phase.UP:
-            router.phase = Phase.DRAIN
+        if router.phase is RouterPhase.UP:
+            router.phase = RouterPhase.DRAIN
             router.deadline = self.clock() + timeout_s + STOP_TIMEOUT_S
-            router.pending = router.actor.call(Phase.DRAIN.value, timeout_s)
+            router.pending = router.actor.call(RouterPhase.DRAIN.value, timeout_s)
         else:
             self._leave(router)
 
     def end(self, router_id: str, error: ExpertMeshError) -> None:
         """End a process that answers no more; it starts again, unless it was to leave."""
         router = self.all[router_id]
-        if router.phase in (Phase.DRAIN, Phase.STOP):
+        if router.phase in (RouterPhase.DRAIN, RouterPhase.STOP):
             self._leave(router)
         else:
             self._died(router, error)
@@ -218,18 +218,18 @@ class Routers:
         """Start the routers whose backoff is over, and end starts that take too long."""
         now = self.clock()
         for router in self.all.values():
-            if router.phase is Phase.WAITING:
+            if router.phase is RouterPhase.WAITING:
                 if now >= router.retry_at:
                     self._spawn(router)
-            elif router.phase is Phase.LOADED:
+            elif router.phase is RouterPhase.LOADED:
                 self._start_loaded(router)
             elif now < router.deadline:
                 continue
-            elif router.phase is Phase.PREPARE:
+            elif router.phase is RouterPhase.PREPARE:
                 waited = f"{self.start_timeout_s:g} s"
                 self.progress(f"{router.router_id} has no node after {waited}; it goes on waiting")
                 self._wait(router)
-            elif router.phase in (Phase.DRAIN, Phase.STOP):
+            elif router.phase in (RouterPhase.DRAIN, RouterPhase.STOP):
                 self._leave(router)
             else:
                 self._died(router, DeadlineExceededError("the start", self.start_timeout_s))
@@ -241,7 +241,7 @@ class Routers:
         try:
             value = self.calls.result(router_id, reference, RouterLostError)
         except ExpertMeshError as error:
-            if router.phase not in (Phase.DRAIN, Phase.STOP):
+            if router.phase not in (RouterPhase.DRAIN, RouterPhase.STOP):
                 self._died(router, error)
                 return
             value = None
@@ -250,49 +250,51 @@ class Routers:
     def begin_again(self, router_id: str) -> None:
         """Let a router that starts do so anew: what it starts with is there no more."""
         router = self.all[router_id]
-        if router.phase in (Phase.START, Phase.CHECK):
+        if router.phase in (RouterPhase.START, RouterPhase.CHECK):
             self._wait(router)
 
     def _spawn(self, router: Router) -> None:
         now = self.clock()
-        router.phase = Phase.PREPARE
+        router.phase = RouterPhase.PREPARE
         router.deadline = min(router.deadline, now + self.start_timeout_s)
         try:
             router.actor = self.recipe.spawn_router(router.router_id)
-            router.pending = router.actor.call(Phase.PREPARE.value)
+            router.pending = router.actor.call(RouterPhase.PREPARE.value)
         except ExpertMeshError as error:
             if now >= router.deadline:
                 self._died(router, error)
             else:  # the one before has just ended, and Ray still knows it
-                router.phase, router.retry_at = Phase.WAITING, now + FIRST_BACKOFF_S
+                router.phase, router.retry_at = RouterPhase.WAITING, now + FIRST_BACKOFF_S
 
     def _wait(self, router: Router) -> None:
         """Start again, for no fault of the router."""
         self._end_process(router)
-        router.phase, router.retry_at = Phase.WAITING, self.clock()
+        router.phase, router.retry_at = RouterPhase.WAITING, self.clock()
 
     def _advance(self, router: Router, value: Any) -> None:
-        if router.phase is Phase.PREPARE:
+        if router.phase is RouterPhase.PREPARE:
             router.facts = value
-            router.phase, router.pending = Phase.LOAD, self.recipe.call_load(router)
-        elif router.phase is Phase.LOAD:
-            router.phase = Phase.LOADED
+            router.phase, router.pending = RouterPhase.LOAD, self.recipe.call_load(router)
+        elif router.phase is RouterPhase.LOAD:
+            router.phase = RouterPhase.LOADED
             self._start_loaded(router)
-        elif router.phase is Phase.START:
+        elif router.phase is RouterPhase.START:
             router.ready = value
-            router.phase, router.pending = Phase.CHECK, router.actor.call(Phase.CHECK.value)
-        elif router.phase is Phase.CHECK:
+            router.phase = RouterPhase.CHECK
+            router.pending = router.actor.call(RouterPhase.CHECK.value)
+        elif router.phase is RouterPhase.CHECK:
             assert router.ready is not None  # START came before
             is_new, router.was_up = not router.was_up, True
             self._enter_up(router)
             back = "serves" if is_new else "is back"
             self.progress(f"{router.router_id} {back} at {router.ready.address}")
             self.recipe.routers_changed()
-        elif router.phase in (Phase.UP, Phase.DRAIN):
-            if router.phase is Phase.UP:
+        elif router.phase in (RouterPhase.UP, RouterPhase.DRAIN):
+            if router.phase is RouterPhase.UP:
                 self.recipe.router_leaves(router)
             router.deadline = self.clock() + STOP_TIMEOUT_S
-            router.phase, router.pending = Phase.STOP, router.actor.call(Phase.STOP.value)
+            router.phase = RouterPhase.STOP
+            router.pending = router.actor.call(RouterPhase.STOP.value)
         else:
             self._leave(router)
 
@@ -300,23 +302,23 @@ class Routers:
         """Go on where there are experts; else `tick` does when they are back."""
         if self.recipe.can_start():
             router.deadline = self.clock() + self.start_timeout_s
-            router.phase, router.pending = Phase.START, self.recipe.call_start(router)
+            router.phase, router.pending = RouterPhase.START, self.recipe.call_start(router)
 
     def _leave(self, router: Router) -> None:
-        router.phase = Phase.LEFT
+        router.phase = RouterPhase.LEFT
         self._end_process(router)
         self.recipe.router_left(router)
         self.progress(f"{router.router_id} was drained and left")
         self.recipe.routers_changed()
 
     def _enter_up(self, router: Router) -> None:
-        router.phase, router.deadline = Phase.UP, float("inf")
+        router.phase, router.deadline = RouterPhase.UP, float("inf")
         router.restarts.is_up(self.clock())
-        router.pending = router.actor.call(Phase.UP.value)
+        router.pending = router.actor.call(RouterPhase.UP.value)
 
     def _died(self, router: Router, error: ExpertMeshError) -> None:
         """Note a death, or a start that failed, and plan what comes next."""
-        was_up = router.phase is Phase.UP
+        was_up = router.phase is RouterPhase.UP
         self._end_process(router)
         if was_up:
             self.recipe.router_died(router)
@@ -324,9 +326,9 @@ class Routers:
         what = "died" if was_up else "did not come back"
         delay_s = router.restarts.died(self.clock())
         if delay_s is None:
-            router.phase = Phase.GIVEN_UP
+            router.phase = RouterPhase.GIVEN_UP
         else:
-            router.phase, router.retry_at = Phase.WAITING, self.clock() + delay_s
+            router.phase, router.retry_at = RouterPhase.WAITING, self.clock() + delay_s
         self.progress(f"{router.router_id} {what} ({error.message}); {next_step(delay_s)}")
 
     def _end_process(self, router: Router) -> None:

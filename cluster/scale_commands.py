@@ -18,7 +18,7 @@ from protos.errors import (
     UnreachableError,
     from_rpc_error,
 )
-from protos.routers import Routers, channels
+from protos.routers import KnownRouters, channels
 from protos.tls import Access
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
 
@@ -47,12 +47,12 @@ class Wanted:
         )
 
 
-class Service:
+class RunningService:
     """A service, asked through whichever of its routers answers."""
 
     def __init__(self, url: str, access: Access) -> None:
         self._access = access
-        self._routers = Routers(url, channels(access))
+        self._routers = KnownRouters(url, channels(access))
 
     def status(self) -> cluster_pb2.ClusterStatus:
         """Return the status, and learn the routers that there are.
@@ -90,7 +90,7 @@ def scale_service(
     Raises:
         ExpertMeshError: Not reachable, or numbers that cannot be.
     """
-    service = Service(url, access)
+    service = RunningService(url, access)
     try:
         if wanted.expert_groups is not None or wanted.routers is not None:
             _ask(url, access, wanted)
@@ -139,7 +139,7 @@ def _ask(url: str, access: Access, wanted: Wanted) -> None:
 
 
 def _wait(
-    service: Service, wanted: Wanted, wait_s: float
+    service: RunningService, wanted: Wanted, wait_s: float
 ) -> tuple[cluster_pb2.ClusterStatus, bool]:
     """Return the last status, and whether the service is as wanted; say what happens meanwhile."""
     begun = seen_s = time.monotonic()
@@ -164,7 +164,7 @@ def _wait(
 @contextmanager
 def _telling(url: str, access: Access) -> Iterator[None]:
     """Say what changes in the service, until the block ends."""
-    service, ended = Service(url, access), threading.Event()
+    service, ended = RunningService(url, access), threading.Event()
 
     def tell() -> None:
         console, said = err_console(), ""

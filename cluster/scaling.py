@@ -33,7 +33,7 @@ from cluster.members import (
     WakeWish,
     Wish,
 )
-from cluster.routers import Calls, Phase, Router, Routers
+from cluster.routers import Calls, Router, RouterPhase, Routers
 from experts.placement import Placement
 from protos.errors import (
     DeadlineExceededError,
@@ -46,7 +46,14 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
 """After a plan or a start that failed; with other groups a plan is tried at once."""
-STARTING = (Phase.WAITING, Phase.PREPARE, Phase.LOAD, Phase.LOADED, Phase.START, Phase.CHECK)
+STARTING = (
+    RouterPhase.WAITING,
+    RouterPhase.PREPARE,
+    RouterPhase.LOAD,
+    RouterPhase.LOADED,
+    RouterPhase.START,
+    RouterPhase.CHECK,
+)
 """Of routers."""
 ANSWER_TIMEOUT_S = 180.0
 """How long a router may take to connect, switch, fall asleep or wake; then it is ended, because
@@ -188,7 +195,7 @@ class Scaling:
         """Return name -> what to wait for: work of groups and routers, and wishes."""
         for router in self.routers.all.values():
             actor, _ = self._wishes.get(router.router_id, (None, None))
-            if router.phase is Phase.UP and actor is not router.actor:
+            if router.phase is RouterPhase.UP and actor is not router.actor:
                 self._wishes[router.router_id] = router.actor, router.actor.call("next_wish")
         found = {
             f"{g.group_id}/work": g.work for g in self.groups.all.values() if g.work is not None
@@ -264,15 +271,15 @@ class Scaling:
         return self.clock() - since
 
     def _observe(self) -> Observed:
-        gone = (Phase.STOP, Phase.LEFT)
+        gone = (RouterPhase.STOP, RouterPhase.LEFT)
         return Observed(
             placement=self.placement,
             plan=self.plan,
             groups={g.group_id: g.view() for g in self.groups.all.values()},
             routers={
                 r.router_id: RouterView(
-                    is_up=r.phase in (Phase.UP, Phase.DRAIN),
-                    is_leaving=r.phase is Phase.DRAIN,
+                    is_up=r.phase in (RouterPhase.UP, RouterPhase.DRAIN),
+                    is_leaving=r.phase is RouterPhase.DRAIN,
                     follows=r.follows,
                     connected=r.connected,
                     is_asleep=r.is_asleep,
@@ -295,7 +302,7 @@ class Scaling:
                 self.groups.start(group_id, self.target.capacities.get(group_id, 1.0))
             case controller.StopGroup(group_id):
                 self.groups.stop(group_id)
-            case controller.Plan(placement):
+            case controller.BeginPlan(placement):
                 self._begin(placement)
             case controller.LoadGroup(group_id):
                 assert self.plan is not None
@@ -435,7 +442,11 @@ class Scaling:
         if self.plan is not None:
             epoch = self.plan.epoch
             behind = [g for g in self.plan.groups if self.groups.all[g].holds < epoch]
-            serving = [r for r in self.routers.all.values() if r.phase in (Phase.UP, Phase.DRAIN)]
+            serving = [
+                r
+                for r in self.routers.all.values()
+                if r.phase in (RouterPhase.UP, RouterPhase.DRAIN)
+            ]
             if behind:
                 doing = f"{', '.join(behind)} load experts"
             elif any(r.connected < epoch for r in serving):
@@ -444,9 +455,9 @@ class Scaling:
                 doing = "routers switch"
             words.append(f"placement epoch {epoch}: {doing}")
         for router in self.routers.all.values():
-            if router.phase is Phase.DRAIN:
+            if router.phase is RouterPhase.DRAIN:
                 words.append(f"draining {router.router_id}")
-            elif router.phase not in (Phase.UP, Phase.LEFT, Phase.GIVEN_UP):
+            elif router.phase not in (RouterPhase.UP, RouterPhase.LEFT, RouterPhase.GIVEN_UP):
                 words.append(f"{router.router_id} starts or stops")
         return "; ".join(words)
 

@@ -16,7 +16,13 @@ from protos.events import Completion
 from protos.generation_calls import GenerationCalls
 from protos.requests import ChatMessages, GenerateOptions, Prompt
 from protos.retry import Attempts, ClientConfig
-from protos.routers import DEFAULT_ADDRESS, LEARN_TIMEOUT_S, Router, Routers, aio_channels
+from protos.routers import (
+    DEFAULT_ADDRESS,
+    LEARN_TIMEOUT_S,
+    KnownRouters,
+    RouterConnection,
+    aio_channels,
+)
 from protos.session_calls import SessionCalls
 from protos.tls import Access, ClientTls
 from protos.v1 import cluster_pb2
@@ -34,7 +40,7 @@ class AsyncClient(GenerationCalls, SessionCalls, BatchCalls, Awaiting):
         api_key: str | None = None,
     ) -> None:
         self._config = config or ClientConfig()
-        self._routers = Routers(address, aio_channels(Access(tls=tls, api_key=api_key)))
+        self._routers = KnownRouters(address, aio_channels(Access(tls=tls, api_key=api_key)))
         self._learning: asyncio.Task[None] | None = None
 
     @property
@@ -106,7 +112,7 @@ class AsyncClient(GenerationCalls, SessionCalls, BatchCalls, Awaiting):
                 yield news
             has_more = pages.turn(page)
 
-    async def _learn(self, router: Router) -> None:
+    async def _learn(self, router: RouterConnection) -> None:
         request = cluster_pb2.GetStatusRequest()
         with suppress(grpc.RpcError):
             status = await router.cluster.GetStatus(request, timeout=LEARN_TIMEOUT_S)

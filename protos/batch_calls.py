@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from protos.calls import Ask, Pages, Stream, asks, lists, streams
 from protos.requests import PAGE_SIZE
-from protos.routers import Router
+from protos.routers import RouterConnection
 from protos.v1 import batch_pb2
 
 ENDED = frozenset(
@@ -103,7 +103,7 @@ class BatchWatch(Stream[batch_pb2.Batch]):
     def __init__(self, request: batch_pb2.WatchBatchRequest) -> None:
         self._request = request
 
-    def method(self, router: Router) -> Any:
+    def method(self, router: RouterConnection) -> Any:
         """Return what takes the request."""
         return router.batches.WatchBatch
 

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
-from protos.routers import Router
+from protos.routers import RouterConnection
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def _as_is(answer: Any) -> Any:
 class Ask(Generic[T]):
     """One request with one answer."""
 
-    method: Callable[[Router], Any]
+    method: Callable[[RouterConnection], Any]
     """Picks what takes the request."""
     request: Any
     read: Callable[[Any], T] = _as_is
@@ -47,7 +47,7 @@ class Ask(Generic[T]):
 class Pages(Generic[T]):
     """A list that is asked for page by page."""
 
-    method: Callable[[Router], Any]
+    method: Callable[[RouterConnection], Any]
     request: Any
     """Of the next page."""
     read: Callable[[Any], Iterable[T]]
@@ -74,7 +74,7 @@ class Stream(ABC, Generic[T]):
     """Whether a stream that breaks can go on where it broke."""
 
     @abstractmethod
-    def method(self, router: Router) -> Any:
+    def method(self, router: RouterConnection) -> Any:
         """Return what takes the request."""
 
     @abstractmethod

@@ -32,7 +32,13 @@ from protos.events import Completion
 from protos.generation_calls import GenerationCalls
 from protos.requests import ChatMessages, GenerateOptions, Prompt, build_request, build_tokenize
 from protos.retry import Attempts, ClientConfig
-from protos.routers import DEFAULT_ADDRESS, LEARN_TIMEOUT_S, Router, Routers, channels
+from protos.routers import (
+    DEFAULT_ADDRESS,
+    LEARN_TIMEOUT_S,
+    KnownRouters,
+    RouterConnection,
+    channels,
+)
 from protos.session_calls import SessionCalls
 from protos.tls import Access, ClientTls
 from protos.v1 import cluster_pb2
@@ -71,7 +77,7 @@ class Client(GenerationCalls, SessionCalls, BatchCalls, Blocking):
         api_key: str | None = None,
     ) -> None:
         self._config = config or ClientConfig()
-        self._routers = Routers(address, channels(Access(tls=tls, api_key=api_key)))
+        self._routers = KnownRouters(address, channels(Access(tls=tls, api_key=api_key)))
 
     @property
     def addresses(self) -> list[str]:
@@ -138,7 +144,7 @@ class Client(GenerationCalls, SessionCalls, BatchCalls, Blocking):
             yield from pages.read(page)
             has_more = pages.turn(page)
 
-    def _learn(self, router: Router) -> None:
+    def _learn(self, router: RouterConnection) -> None:
         request = cluster_pb2.GetStatusRequest()
         with suppress(grpc.RpcError, ValueError):  # ValueError: the client was closed
             status = router.cluster.GetStatus(request, timeout=LEARN_TIMEOUT_S)

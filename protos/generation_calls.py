@@ -15,7 +15,7 @@ from protos.requests import (
     build_tokenize,
 )
 from protos.resume import Received
-from protos.routers import Router
+from protos.routers import RouterConnection
 from protos.v1 import cluster_pb2, generation_pb2
 
 
@@ -112,7 +112,7 @@ class Generation(Stream[T]):
         self._is_sent = False
         self.can_resume = self._received.can_resume
 
-    def method(self, router: Router) -> Any:
+    def method(self, router: RouterConnection) -> Any:
         """Return what takes the request."""
         return router.generation.Generate
 
@@ -129,5 +129,5 @@ class Generation(Stream[T]):
         return () if news is None else self._read(news)
 
 
-def _tokenize(router: Router) -> Any:
+def _tokenize(router: RouterConnection) -> Any:
     return router.generation.Tokenize

@@ -13,7 +13,7 @@ import grpc
 
 from protos.calls import Stream
 from protos.errors import ExpertMeshError, SessionBusyError, from_rpc_error
-from protos.routers import LEARN_AFTER_S, Router, Routers
+from protos.routers import LEARN_AFTER_S, KnownRouters, RouterConnection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Attempts:
     def __init__(
         self,
         config: ClientConfig,
-        routers: Routers,
+        routers: KnownRouters,
         stream: Stream[Any] | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -69,10 +69,10 @@ class Attempts:
         self._give_up = self._end
         self._num_failed = 0
         self._is_open = False
-        self._router: Router
+        self._router: RouterConnection
         """That was asked last."""
 
-    def next_router(self) -> Router:
+    def next_router(self) -> RouterConnection:
         """Return the router to ask now."""
         self._router = self._routers.current()
         return self._router

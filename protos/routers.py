@@ -24,7 +24,7 @@ LEARN_TIMEOUT_S = 5.0
 _TLS = "grpcs://"
 
 
-class Router:
+class RouterConnection:
     """The connection to one router.
 
     Args:
@@ -41,7 +41,7 @@ class Router:
         self.cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
 
 
-class Routers:
+class KnownRouters:
     """All routers that a client knows, and the one that it uses.
 
     Args:
@@ -58,7 +58,7 @@ class Routers:
         if not self._addresses:
             raise ValueError("a client needs the address of a router")
         self._connect = connect
-        self._routers: dict[str, Router] = {}
+        self._routers: dict[str, RouterConnection] = {}
         self._chosen = 0
         self._learn_at = 0.0
         self._lock = threading.Lock()
@@ -73,15 +73,15 @@ class Routers:
         with self._lock:
             return list(self._addresses)
 
-    def current(self) -> Router:
+    def current(self) -> RouterConnection:
         """Return the router to ask now."""
         with self._lock:
             address = self._addresses[self._chosen]
             if address not in self._routers:
-                self._routers[address] = Router(address, self._connect(address))
+                self._routers[address] = RouterConnection(address, self._connect(address))
             return self._routers[address]
 
-    def failed(self, router: Router) -> None:
+    def failed(self, router: RouterConnection) -> None:
         """Go on to the next router, unless another call has gone on from this one already."""
         with self._lock:
             if self._addresses[self._chosen] == router.address:
@@ -95,7 +95,7 @@ class Routers:
             self._learn_at = now + LEARN_INTERVAL_S
             return True
 
-    def learn(self, status: cluster_pb2.ClusterStatus, teller: Router) -> None:
+    def learn(self, status: cluster_pb2.ClusterStatus, teller: RouterConnection) -> None:
         """Add the routers that one of them names."""
         scheme = _TLS if teller.address.startswith(_TLS) else ""
         with self._lock:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.engine.batch import Batch
-from router.engine.cold_store import ColdPast
+from router.engine.cold_store import ShelvedPast
 from router.engine.sequence import Sequence
 
 
@@ -55,7 +55,7 @@ class BuiltBatch:
     prompt_logits: list[tuple[PrefillChunk, int]] = field(default_factory=list)
     """Chunks with prompt rows and where these begin among the logits."""
 
-    past: ColdPast | None = None
+    past: ShelvedPast | None = None
     """What the only sequence has outside the pool; None: the batch is of all decoding rows."""
 
 

@@ -220,9 +220,9 @@ class ColdSequence:
     def _parts(self, values: Bytes) -> Bytes:
         return values.reshape(self._store.num_layers, self._store.layer_bytes)
 
-    def past(self) -> ColdPast:
+    def past(self) -> ShelvedPast:
         """Return what one step reads; nothing is appended meanwhile."""
-        return ColdPast(self._store, self._shelves, self.num_blocks)
+        return ShelvedPast(self._store, self._shelves, self.num_blocks)
 
     def close(self) -> None:
         """Free all of it."""
@@ -231,7 +231,7 @@ class ColdSequence:
         self._shelves, self.num_blocks = [], 0
 
 
-class ColdPast:
+class ShelvedPast:
     """`router.engine.batch.ColdPast` of one step.
 
     Shelves of the tier are read one ahead, on the reader's thread, into two buffers in turn; the
@@ -297,7 +297,7 @@ class ColdPast:
         self._read_ahead()
         return section
 
-    def __enter__(self) -> ColdPast:
+    def __enter__(self) -> ShelvedPast:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,7 +11,7 @@ turns with the steps of the others; while it decodes, too, its step is a chunk o
     in a step       each full-attention layer attends to what has left, then to the blocks
 
 So the pool holds at most a window of it, the cold store is bounded by itself, and a step needs a
-fixed room besides (`ColdPast`, `NativeOps`). Where a cold value cannot be kept or read back, the
+fixed room besides (`ShelvedPast`, `NativeOps`). Where a cold value cannot be kept or read back, the
 sequence starts over once, from what the tier still has, and then fails with `ColdKvError`.
 """
 

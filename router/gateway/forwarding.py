@@ -31,7 +31,7 @@ from protos.v1 import generation_pb2, generation_pb2_grpc
 from router.engine.chain import tenant_namespace
 from router.gateway.live import STALL_TIMEOUT_S
 from router.gateway.request_reader import in_thread_if_large
-from router.gateway.routing import Choice, RouterView, aligned_hashes, choose
+from router.gateway.routing import Choice, PeerView, aligned_hashes, choose
 from router.state.session_records import SessionRecord
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,8 @@ class Forwarder:
 
     def __init__(
         self,
-        own: Callable[[], RouterView],
-        others: Callable[[], Sequence[RouterView]],
+        own: Callable[[], PeerView],
+        others: Callable[[], Sequence[PeerView]],
         access: Access,
         namespace: str = "",
         clock: Callable[[], float] = time.monotonic,
@@ -98,7 +98,7 @@ class Forwarder:
         self._clock = clock
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._shunned: dict[str, float] = {}
-        self._charges: dict[str, tuple[RouterView, int]] = {}
+        self._charges: dict[str, tuple[PeerView, int]] = {}
         self._live: dict[tuple[str, str], str] = {}
         self.stats = ForwardStats()
 
@@ -221,7 +221,7 @@ class Forwarder:
         choice = choose([own, *others], own.router_id, hashes, num_tokens)
         return None if choice.view is own else choice
 
-    def _charged(self, view: RouterView) -> RouterView:
+    def _charged(self, view: PeerView) -> PeerView:
         """Return a view with what this router has sent there since its heartbeat."""
         seen, tokens = self._charges.get(view.router_id, (view, 0))
         return view.with_queued(tokens) if seen is view else view
@@ -270,7 +270,7 @@ class Forwarder:
         finally:
             call.cancel()
 
-    def _fall_back(self, view: RouterView, why: str) -> None:
+    def _fall_back(self, view: PeerView, why: str) -> None:
         self._shunned[view.router_id] = self._clock() + SHUN_S
         self.stats.fell_back += 1
         logger.warning("forward.failed router=%s why=%s", view.router_id, why)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from protos.errors import StateUnavailableError
-from router.gateway.routing import Load, RouterView, unpack_warm
-from router.state.session_records import Engine
+from router.gateway.routing import PeerView, RouterLoad, unpack_warm
+from router.state.session_records import EngineRecord
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +26,11 @@ MAX_AGE_S = 10.0
 class Directory(Protocol):
     """Where heartbeats are; `SessionStore` has it."""
 
-    async def heartbeat(self, engine: Engine) -> None:
+    async def heartbeat(self, engine: EngineRecord) -> None:
         """Publish a router for 10 s."""
         ...
 
-    async def engines(self) -> list[Engine]:
+    async def engines(self) -> list[EngineRecord]:
         """Return the routers that did lately."""
         ...
 
@@ -52,7 +52,7 @@ class Heartbeat:
     def __init__(
         self,
         directory: Directory,
-        own: Callable[[], RouterView],
+        own: Callable[[], PeerView],
         *,
         boot: str,
         namespace: str,
@@ -65,10 +65,10 @@ class Heartbeat:
         self._namespace = namespace
         self._service = service
         self._clock = clock
-        self._others: tuple[RouterView, ...] = ()
+        self._others: tuple[PeerView, ...] = ()
         self._heard_at = -MAX_AGE_S
 
-    def others(self) -> Sequence[RouterView]:
+    def others(self) -> Sequence[PeerView]:
         """Return the views of the other routers; the same objects until the next heartbeat."""
         return self._others if self._clock() - self._heard_at < MAX_AGE_S else ()
 
@@ -89,7 +89,7 @@ class Heartbeat:
         """
         own = self._own()
         await self._directory.heartbeat(
-            Engine(
+            EngineRecord(
                 engine=own.router_id,
                 boot=self._boot,
                 address=own.address,
@@ -105,15 +105,15 @@ class Heartbeat:
             if engine.engine != own.router_id
             and engine.namespace == self._namespace
             and engine.engine.endswith(self._service)
-            and len(engine.warm) >= Load.PACKED_BYTES
+            and len(engine.warm) >= RouterLoad.PACKED_BYTES
         )
         self._heard_at = self._clock()
 
 
-def _view(engine: Engine) -> RouterView:
-    return RouterView(
+def _view(engine: EngineRecord) -> PeerView:
+    return PeerView(
         router_id=engine.engine,
         address=engine.address,
-        load=Load.unpack(engine.warm[: Load.PACKED_BYTES]),
-        warm=unpack_warm(engine.warm[Load.PACKED_BYTES :]),
+        load=RouterLoad.unpack(engine.warm[: RouterLoad.PACKED_BYTES]),
+        warm=unpack_warm(engine.warm[RouterLoad.PACKED_BYTES :]),
     )

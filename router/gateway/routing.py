@@ -1,6 +1,6 @@
 """Which router starts a request soonest: pure arithmetic over what the routers say of themselves.
 
-Every router publishes a heartbeat (`RouterView`): how fast it prefills, what waits before a new
+Every router publishes a heartbeat (`PeerView`): how fast it prefills, what waits before a new
 request, and its *warm set*: the first `WARM_BYTES` bytes of the hash of every token position that
 it could resume from (`router.engine.chain`), the newest `MAX_WARM` of them. A warm prefix saves its
 tokens; a queue costs its tokens; the cheapest router is the best.
@@ -41,7 +41,7 @@ _LOAD = struct.Struct("<dIII")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class RouterLoad:
     """How busy a router is."""
 
     prefill_tokens_per_s: float
@@ -60,7 +60,7 @@ class Load:
         )
 
     @classmethod
-    def unpack(cls, packed: bytes) -> Load:
+    def unpack(cls, packed: bytes) -> RouterLoad:
         """Return what `pack` packed.
 
         Raises:
@@ -75,16 +75,16 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RouterView:
+class PeerView:
     """A router as the others see it."""
 
     router_id: str
     address: str
-    load: Load
+    load: RouterLoad
     warm: frozenset[bytes]
     """First `WARM_BYTES` of the hashes of the positions that it can resume from."""
 
-    def with_queued(self, num_tokens: int) -> RouterView:
+    def with_queued(self, num_tokens: int) -> PeerView:
         """Return the view with so many more tokens waiting."""
         queued = self.load.queued_tokens + num_tokens
         return replace(self, load=replace(self.load, queued_tokens=queued))
@@ -94,7 +94,7 @@ class RouterView:
 class Choice:
     """Who serves, and why."""
 
-    view: RouterView
+    view: PeerView
     warm_tokens: int
     """Tokens of the prompt that it need not compute."""
     cost_s: float
@@ -112,7 +112,7 @@ class Choice:
 
 
 def choose(
-    views: Sequence[RouterView], own_id: str, hashes: Mapping[int, bytes], num_tokens: int
+    views: Sequence[PeerView], own_id: str, hashes: Mapping[int, bytes], num_tokens: int
 ) -> Choice:
     """Return the router that should serve a prompt: the asking one, unless another is clearly best.
 
@@ -167,12 +167,12 @@ def unpack_warm(packed: bytes) -> frozenset[bytes]:
     return frozenset(packed[end - WARM_BYTES : end] for end in ends)
 
 
-def _warm_tokens(view: RouterView, keys: dict[int, bytes]) -> int:
+def _warm_tokens(view: PeerView, keys: dict[int, bytes]) -> int:
     """Return the longest position at which a router is warm."""
     return max((position for position, key in keys.items() if key in view.warm), default=0)
 
 
-def _cost_s(view: RouterView, num_tokens: int, usual_rate: float) -> float:
+def _cost_s(view: PeerView, num_tokens: int, usual_rate: float) -> float:
     """Return the seconds to the first token of a prompt with `num_tokens` left to compute."""
     load = view.load
     rate = load.prefill_tokens_per_s or usual_rate
@@ -180,7 +180,7 @@ def _cost_s(view: RouterView, num_tokens: int, usual_rate: float) -> float:
     return (load.queued_tokens + num_tokens) / rate + wait_s
 
 
-def _usual_rate(views: Sequence[RouterView]) -> float:
+def _usual_rate(views: Sequence[PeerView]) -> float:
     """Return the prefill rate to assume of a router that has not measured one: the others' mean."""
     rates = [view.load.prefill_tokens_per_s for view in views if view.load.prefill_tokens_per_s]
     return sum(rates) / len(rates) if rates else UNKNOWN_RATE

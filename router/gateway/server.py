@@ -53,7 +53,7 @@ LIVENESS, READINESS = "liveness", "readiness"
 T = TypeVar("T")
 
 
-class Service(NamedTuple):
+class GrpcService(NamedTuple):
     """One servicer to register."""
 
     name: str
@@ -84,28 +84,28 @@ class GatewayOptions:
     """Every call but health must carry one of these; none: calls need no key."""
 
 
-def generation_service(servicer: GenerationServicer) -> Service:
+def generation_service(servicer: GenerationServicer) -> GrpcService:
     """Return the registration of `GenerationService`."""
     name = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
-    return Service(name, servicer, generation_pb2_grpc.add_GenerationServiceServicer_to_server)
+    return GrpcService(name, servicer, generation_pb2_grpc.add_GenerationServiceServicer_to_server)
 
 
-def gating_service(servicer: GatingServicer) -> Service:
+def gating_service(servicer: GatingServicer) -> GrpcService:
     """Return the registration of `GatingService`."""
     name = gating_pb2.DESCRIPTOR.services_by_name["GatingService"].full_name
-    return Service(name, servicer, gating_pb2_grpc.add_GatingServiceServicer_to_server)
+    return GrpcService(name, servicer, gating_pb2_grpc.add_GatingServiceServicer_to_server)
 
 
-def session_service(servicer: SessionServicer) -> Service:
+def session_service(servicer: SessionServicer) -> GrpcService:
     """Return the registration of `SessionService`."""
     name = session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name
-    return Service(name, servicer, session_pb2_grpc.add_SessionServiceServicer_to_server)
+    return GrpcService(name, servicer, session_pb2_grpc.add_SessionServiceServicer_to_server)
 
 
-def batch_service(servicer: BatchServicer) -> Service:
+def batch_service(servicer: BatchServicer) -> GrpcService:
     """Return the registration of `BatchService`."""
     name = batch_pb2.DESCRIPTOR.services_by_name["BatchService"].full_name
-    return Service(name, servicer, batch_pb2_grpc.add_BatchServiceServicer_to_server)
+    return GrpcService(name, servicer, batch_pb2_grpc.add_BatchServiceServicer_to_server)
 
 
 class Gateway:
@@ -116,7 +116,7 @@ class Gateway:
         options: How the port behaves.
     """
 
-    def __init__(self, services: Sequence[Service], options: GatewayOptions) -> None:
+    def __init__(self, services: Sequence[GrpcService], options: GatewayOptions) -> None:
         self._services = tuple(services)
         self._options = options
         self._server: grpc.aio.Server | None = None
@@ -192,7 +192,7 @@ class GatewayThread:
 
     def __init__(
         self,
-        services: Sequence[Service],
+        services: Sequence[GrpcService],
         options: GatewayOptions,
         delivery: LoopDelivery | None = None,
     ) -> None:

@@ -64,7 +64,7 @@ class _Staging:
 
 
 @dataclass(frozen=True, slots=True)
-class NativeStep:
+class StepAddresses:
     """Addresses of a step's metadata; `batch` keeps them valid."""
 
     batch: Batch
@@ -110,9 +110,9 @@ class NativeOps:
         """Pack; the original is not kept."""
         return self._kernels.pack_linear(weight, self._dtype)
 
-    def begin_step(self, batch: Batch) -> NativeStep:
+    def begin_step(self, batch: Batch) -> StepAddresses:
         """Look up the addresses once."""
-        return NativeStep(
+        return StepAddresses(
             batch,
             self._library(batch.num_tokens),
             batch.num_sequences,
@@ -195,7 +195,7 @@ class NativeOps:
         return found[1]
 
     def gated_delta_net(
-        self, mixed: Tensor, params: GdnParams, state: GdnState, step: NativeStep
+        self, mixed: Tensor, params: GdnParams, state: GdnState, step: StepAddresses
     ) -> Tensor:
         """See `Ops.gated_delta_net`."""
         p = params
@@ -220,7 +220,7 @@ class NativeOps:
         params: AttentionParams,
         cos_sin: Tensor,
         kv: NativeKv,
-        step: NativeStep,
+        step: StepAddresses,
     ) -> Tensor:
         """See `Ops.attention`."""
         p = params

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from router.state.control import ControlClient
 from router.state.redis_keys import ENGINES, check_id, dead_key, engine_key
-from router.state.session_records import Engine
+from router.state.session_records import EngineRecord
 
 HEARTBEAT_TTL_S = 10
 """A router that sends none for so long is not listed."""
@@ -21,7 +21,7 @@ _LISTED_MS = 3_600_000
 
 
 async def heartbeat(
-    client: ControlClient, engine: Engine, clock: Callable[[], float] = time.time
+    client: ControlClient, engine: EngineRecord, clock: Callable[[], float] = time.time
 ) -> None:
     """Publish a router; send it every few seconds.
 
@@ -45,7 +45,7 @@ async def heartbeat(
     )
 
 
-async def engines(client: ControlClient) -> list[Engine]:
+async def engines(client: ControlClient) -> list[EngineRecord]:
     """Return the routers that sent a heartbeat lately, in the order of their names.
 
     Raises:
@@ -54,7 +54,7 @@ async def engines(client: ControlClient) -> list[Engine]:
     names = sorted(await client.command("ZRANGE", ENGINES, 0, -1))
     hashes = [await client.command("HGETALL", engine_key(name.decode())) for name in names]
     return [
-        Engine(
+        EngineRecord(
             engine=name.decode(),
             boot=fields[b"boot"].decode(),
             address=fields[b"address"].decode(),

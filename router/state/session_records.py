@@ -180,7 +180,7 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class EngineRecord:
     """A router's heartbeat: a hint for choosing one, never the truth."""
 
     engine: str

@@ -30,7 +30,7 @@ from router.state.session_codec import (
     turn_of,
 )
 from router.state.session_records import (
-    Engine,
+    EngineRecord,
     SessionRecord,
     TokenIds,
     TurnRecord,
@@ -38,7 +38,7 @@ from router.state.session_records import (
 
 Turns = list[TurnRecord]
 Page = tuple[list[SessionRecord], str]
-Engines = list[Engine]
+Engines = list[EngineRecord]
 Arguments = list[Argument]
 
 
@@ -255,7 +255,7 @@ class SessionStore(LeaseStore):
 
     # Routers
 
-    async def heartbeat(self, engine: Engine) -> None:
+    async def heartbeat(self, engine: EngineRecord) -> None:
         """Publish a router for 10 s; see `router.state.directory`."""
         await directory.heartbeat(self._client, engine)
 

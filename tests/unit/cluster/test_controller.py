@@ -12,6 +12,7 @@ from cluster import controller
 from cluster.controller import (
     Abandon,
     AddRouter,
+    BeginPlan,
     Commit,
     Connect,
     DrainRouter,
@@ -19,7 +20,6 @@ from cluster.controller import (
     GroupView,
     LoadGroup,
     Observed,
-    Plan,
     RouterView,
     Sleep,
     StartGroup,
@@ -111,7 +111,7 @@ class World:
                 self.pending.append(action)
             case StopGroup(name):
                 del self.groups[name], self.held[name]
-            case Plan(placement):
+            case BeginPlan(placement):
                 self.last_epoch += 1
                 self.plan = replace(placement, epoch=self.last_epoch)
                 self.known[self.last_epoch] = self.plan
@@ -324,7 +324,7 @@ def test_a_group_that_is_back_is_lost_until_a_plan_of_it_is_in_force() -> None:
     world = World.of(1, 1)
     world.groups["group-0"] = GroupView(phase=RUNNING, holds=2, joined=2)
     assert not controller.serves(world.observe())
-    assert [type(a) for a in step(world.observe(), world.target, 0.0)] == [Plan]
+    assert [type(a) for a in step(world.observe(), world.target, 0.0)] == [BeginPlan]
 
 
 def test_a_plan_that_failed_waits_and_other_groups_do_not() -> None:
@@ -334,8 +334,10 @@ def test_a_plan_that_failed_waits_and_other_groups_do_not() -> None:
     observed = replace(world.observe(), retry_at=10.0, failed=frozenset({"group-0", "group-1"}))
     target = Target(groups=2, routers=1)
     assert step(observed, target, 9.0) == []
-    assert [type(a) for a in step(observed, target, 10.0)] == [Plan]
-    assert [type(a) for a in step(replace(observed, failed=frozenset()), target, 9.0)] == [Plan]
+    assert [type(a) for a in step(observed, target, 10.0)] == [BeginPlan]
+    assert [type(a) for a in step(replace(observed, failed=frozenset()), target, 9.0)] == [
+        BeginPlan
+    ]
 
 
 def test_what_cannot_start_leaves_the_service_as_it_is() -> None:
@@ -367,7 +369,7 @@ def test_an_ordered_placement_follows_load_and_shares() -> None:
     shares = {"group-0": 1.0, "group-1": 2.0}
     world.target = replace(world.target, order=1, capacities=shares)
     (plan,) = step(replace(world.observe(), load=load), world.target, 0.0)
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, BeginPlan)
     assert [len(residents(plan.placement, g)) for g in shares] == [8, 16]
     assert balancedness(plan.placement, load, shares) > 0.9
     world.settle(drawn())
@@ -382,7 +384,7 @@ def test_a_late_group_holds_nobody_up() -> None:
     }
     assert step(world.observe(), world.target, 100.0 + 0.9 * controller.GATHER_S) == []
     (plan,) = step(world.observe(), world.target, 100.0 + controller.GATHER_S)
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, BeginPlan)
     assert plan.placement.groups == ("group-0", "group-1")
     assert not controller.is_settled(
         replace(world.observe(), placement=plan.placement), Target(groups=3, routers=1)

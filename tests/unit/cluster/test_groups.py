@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.controller import GroupPhase
-from cluster.groups import Groups, Phase
+from cluster.groups import Groups, ProcessPhase
 from cluster.members import ProcessFacts
 from cluster.restarts import FIRST_BACKOFF_S, MAX_QUICK_DEATHS, QUICK_S, backoff_s
 from protos.errors import (
@@ -148,7 +148,7 @@ def test_a_start_without_a_node_is_ended(world: World, groups: Groups) -> None:
     groups.start("group-1", 1.0)
     world.now += START_TIMEOUT_S * 0.99
     groups.tick()
-    assert groups.all["group-1"].phase is Phase.PREPARE
+    assert groups.all["group-1"].phase is ProcessPhase.PREPARE
     world.now += START_TIMEOUT_S * 0.02
     groups.tick()
     assert list(groups.all) == ["group-0"]
@@ -163,12 +163,12 @@ def test_a_name_that_is_not_free_yet_is_tried_again_within_the_bound(
     groups.start("group-1", 1.0)
     world.now += FIRST_BACKOFF_S
     groups.tick()
-    assert groups.all["group-1"].phase is Phase.WAITING
+    assert groups.all["group-1"].phase is ProcessPhase.WAITING
     world.taken = None
     world.now += FIRST_BACKOFF_S
     groups.tick()
     groups.finished("group-1")
-    assert groups.all["group-1"].phase is Phase.UP
+    assert groups.all["group-1"].phase is ProcessPhase.UP
     world.taken = ConfigurationError("cluster.namespace", "is in use", "x")
     groups.start("group-2", 1.0)
     world.now += START_TIMEOUT_S

@@ -11,7 +11,7 @@ from cluster.members import StateServers
 from cluster.router_state import RouterState
 from protos.errors import StateUnavailableError
 from protos.tls import Access
-from router.gateway.routing import Load, RouterView
+from router.gateway.routing import PeerView, RouterLoad
 from router.state.restore import ValueSizes
 from tests.store_servers import StoreServer, running_store
 
@@ -28,9 +28,9 @@ def server() -> Iterator[StoreServer]:
 async def make(server: StoreServer) -> AsyncIterator[Make]:
     made: list[RouterState] = []
 
-    def view() -> RouterView:
-        load = Load(prefill_tokens_per_s=0.0, queued_tokens=0, num_running=0, max_running=1)
-        return RouterView(router_id="r", address="h:1", load=load, warm=frozenset())
+    def view() -> PeerView:
+        load = RouterLoad(prefill_tokens_per_s=0.0, queued_tokens=0, num_running=0, max_running=1)
+        return PeerView(router_id="r", address="h:1", load=load, warm=frozenset())
 
     def state(**section: object) -> RouterState:
         made.append(

@@ -13,8 +13,8 @@ from cluster.members import ProcessFacts, RouterReady
 from cluster.restarts import FIRST_BACKOFF_S, MAX_QUICK_DEATHS, QUICK_S, backoff_s
 from cluster.routers import (
     STOP_TIMEOUT_S,
-    Phase,
     Router,
+    RouterPhase,
     Routers,
 )
 from cluster.scaling import Scaling
@@ -130,10 +130,10 @@ def die(world: World, routers: Routers, router_id: str = "router-0") -> None:
 
 def run_to_up(routers: Routers, router_id: str = "router-0") -> None:
     routers.tick()
-    for phase in (Phase.PREPARE, Phase.LOAD, Phase.START, Phase.CHECK):
+    for phase in (RouterPhase.PREPARE, RouterPhase.LOAD, RouterPhase.START, RouterPhase.CHECK):
         assert routers.all[router_id].phase is phase
         routers.finished(router_id)
-    assert routers.all[router_id].phase is Phase.UP
+    assert routers.all[router_id].phase is RouterPhase.UP
 
 
 def test_a_router_waits_for_experts_before_it_starts(world: World, routers: Routers) -> None:
@@ -143,12 +143,12 @@ def test_a_router_waits_for_experts_before_it_starts(world: World, routers: Rout
     routers.finished("router-0")
     routers.finished("router-0")
     router = routers.all["router-0"]
-    assert (router.phase, router.pending) == (Phase.LOADED, None)
+    assert (router.phase, router.pending) == (RouterPhase.LOADED, None)
     routers.tick()
-    assert router.phase is Phase.LOADED
+    assert router.phase is RouterPhase.LOADED
     world.has_experts = True
     routers.tick()
-    assert router.phase is Phase.START
+    assert router.phase is RouterPhase.START
 
 
 def test_a_dead_router_walks_back_to_its_port_and_all_are_told(
@@ -205,9 +205,11 @@ def test_a_router_that_stays_up_starts_over_with_its_patience(
     assert routers.given_up == []
 
 
-@pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.LOAD, Phase.START, Phase.CHECK])
+@pytest.mark.parametrize(
+    "phase", [RouterPhase.PREPARE, RouterPhase.LOAD, RouterPhase.START, RouterPhase.CHECK]
+)
 def test_a_start_that_fails_counts_as_a_quick_death(
-    world: World, routers: Routers, phase: Phase
+    world: World, routers: Routers, phase: RouterPhase
 ) -> None:
     world.now += QUICK_S
     die(world, routers)
@@ -227,7 +229,7 @@ def test_a_name_that_is_not_free_yet_is_tried_again(world: World, routers: Route
     die(world, routers)
     world.spawn_error = ConfigurationError("cluster.namespace", "is in use", "x")
     routers.tick()
-    assert routers.all["router-0"].phase is Phase.WAITING
+    assert routers.all["router-0"].phase is RouterPhase.WAITING
     world.spawn_error = None
     world.now += backoff_s(2)
     run_to_up(routers)
@@ -240,10 +242,10 @@ def test_a_start_that_hangs_is_ended(world: World, routers: Routers) -> None:
     routers.finished("router-0")
     world.now += START_TIMEOUT_S * 0.99
     routers.tick()
-    assert routers.all["router-0"].phase is Phase.LOAD
+    assert routers.all["router-0"].phase is RouterPhase.LOAD
     world.now += START_TIMEOUT_S * 0.02
     routers.tick()
-    assert routers.all["router-0"].phase is Phase.WAITING
+    assert routers.all["router-0"].phase is RouterPhase.WAITING
     assert "the start" in world.said[-1]
     assert "router-0" not in routers.references()
 
@@ -258,7 +260,7 @@ def test_waiting_for_a_node_or_for_experts_counts_for_nothing(
         routers.tick()
         world.now += START_TIMEOUT_S * 1.01
     router = routers.all["router-0"]
-    assert (router.phase, router.restarts.quick_deaths) == (Phase.PREPARE, 0)
+    assert (router.phase, router.restarts.quick_deaths) == (RouterPhase.PREPARE, 0)
     assert world.said[-1] == "router-0 has no node after 60 s; it goes on waiting"
     world.has_experts = False
     routers.finished("router-0")
@@ -266,15 +268,15 @@ def test_waiting_for_a_node_or_for_experts_counts_for_nothing(
     for _ in range(2 * MAX_QUICK_DEATHS):
         world.now += START_TIMEOUT_S
         routers.tick()
-    assert (router.phase, router.restarts.quick_deaths) == (Phase.LOADED, 0)
+    assert (router.phase, router.restarts.quick_deaths) == (RouterPhase.LOADED, 0)
     world.has_experts = True
     routers.tick()
-    assert router.phase is Phase.START
+    assert router.phase is RouterPhase.START
 
 
-@pytest.mark.parametrize("phase", [Phase.DRAIN, Phase.STOP])
+@pytest.mark.parametrize("phase", [RouterPhase.DRAIN, RouterPhase.STOP])
 def test_a_router_that_does_not_come_to_its_end_is_killed(
-    world: World, routers: Routers, phase: Phase
+    world: World, routers: Routers, phase: RouterPhase
 ) -> None:
     routers.drain("router-0", 3.0)
     while routers.all["router-0"].phase is not phase:
@@ -284,13 +286,13 @@ def test_a_router_that_does_not_come_to_its_end_is_killed(
     assert routers.all["router-0"].phase is phase
     world.now += 3.0 + STOP_TIMEOUT_S
     routers.tick()
-    assert routers.all["router-0"].phase is Phase.LEFT
+    assert routers.all["router-0"].phase is RouterPhase.LEFT
     assert world.killed == ["router-0"]
 
 
 def test_a_drained_router_stops_and_leaves(world: World, routers: Routers) -> None:
     routers.finished("router-0")
-    assert routers.all["router-0"].phase is Phase.STOP
+    assert routers.all["router-0"].phase is RouterPhase.STOP
     assert not world.killed, "it closes its port first"
     routers.finished("router-0")
     assert world.killed == ["router-0"]
@@ -311,24 +313,24 @@ def test_a_router_is_added_and_takes_the_place_of_one_that_left(
     run_to_up(routers, "router-2")
     assert world.said == ["router-2 serves at 10.0.0.1:50051"]
     routers.drain("router-1", 3.0)
-    assert routers.all["router-1"].phase is Phase.DRAIN
+    assert routers.all["router-1"].phase is RouterPhase.DRAIN
     assert "router-1" in routers.addresses(), "it serves what it has"
     routers.finished("router-1")
-    assert routers.all["router-1"].phase is Phase.STOP
+    assert routers.all["router-1"].phase is RouterPhase.STOP
     routers.finished("router-1")
     assert (world.leaving, world.left) == ([], ["router-1"]), "nobody asked the router itself"
     assert routers.add() == "router-1"
     assert routers.all["router-1"].port is None, "it is a new one"
 
 
-@pytest.mark.parametrize("phase", [Phase.DRAIN, Phase.STOP])
+@pytest.mark.parametrize("phase", [RouterPhase.DRAIN, RouterPhase.STOP])
 def test_a_router_that_dies_while_it_leaves_has_left(
-    world: World, routers: Routers, phase: Phase
+    world: World, routers: Routers, phase: RouterPhase
 ) -> None:
     routers.drain("router-0", 3.0)
     while routers.all["router-0"].phase is not phase:
         routers.finished("router-0")
-    while routers.all["router-0"].phase is not Phase.LEFT:
+    while routers.all["router-0"].phase is not RouterPhase.LEFT:
         die(world, routers)
     assert world.left == ["router-0"]
     assert world.num_spawned == 0
@@ -337,7 +339,7 @@ def test_a_router_that_dies_while_it_leaves_has_left(
 def test_a_router_that_is_down_leaves_at_once(world: World, routers: Routers) -> None:
     die(world, routers)
     routers.drain("router-0", 3.0)
-    assert routers.all["router-0"].phase is Phase.LEFT
+    assert routers.all["router-0"].phase is RouterPhase.LEFT
     routers.tick()
     assert world.num_spawned == 0
 

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from cluster.controller import Target
-from cluster.groups import Groups
-from cluster.groups import Phase as GroupPhase
+from cluster.groups import Groups, ProcessPhase
 from cluster.members import ProcessFacts, RouterReady
-from cluster.routers import Phase, Router, Routers
+from cluster.routers import Router, RouterPhase, Routers
 from cluster.scaling import ANSWER_TIMEOUT_S, RETRY_S, Scaling
 from experts.placement import Placement
 from experts.planner import plan_placement
@@ -238,7 +237,7 @@ def test_a_group_that_does_not_finish_loading_is_ended(world: World) -> None:
 def test_a_group_that_does_not_stop_is_killed(world: World) -> None:
     world.scaling.scale(2)
     world.silent.add("group-2")
-    while world.scaling.groups.all["group-2"].phase is not GroupPhase.STOP:
+    while world.scaling.groups.all["group-2"].phase is not ProcessPhase.STOP:
         world.silent.clear()
         world.turn()
         world.silent.add("group-2")
@@ -256,15 +255,15 @@ def test_a_router_that_does_not_answer_is_ended_and_the_change_goes_on(world: Wo
     assert router.work is not None
     world.now += ANSWER_TIMEOUT_S * 1.01
     world.turn()
-    assert router.phase is not Phase.UP
+    assert router.phase is not RouterPhase.UP
     world.silent.clear()
     world.settle()
-    assert router.phase is Phase.UP
+    assert router.phase is RouterPhase.UP
 
 
-@pytest.mark.parametrize("phase", [Phase.START, Phase.CHECK])
+@pytest.mark.parametrize("phase", [RouterPhase.START, RouterPhase.CHECK])
 def test_a_router_that_starts_with_a_group_that_dies_begins_anew(
-    world: World, phase: Phase
+    world: World, phase: RouterPhase
 ) -> None:
     """It waits for the group's answers, and no plan can be told to it meanwhile."""
     router = world.scaling.routers.all["router-0"]
@@ -274,10 +273,10 @@ def test_a_router_that_starts_with_a_group_that_dies_begins_anew(
         world.turn()
     world.silent.add("group-1")
     world.lose("group-1")
-    assert router.phase is Phase.WAITING
+    assert router.phase is RouterPhase.WAITING
     assert router.restarts.quick_deaths == 1, "the death before counts, this is none"
     for _ in range(10):
         world.turn()
-    assert router.phase is Phase.UP
+    assert router.phase is RouterPhase.UP
     assert world.scaling.placement is not None
     assert "group-1" not in world.scaling.placement.groups

@@ -22,7 +22,7 @@ from protos.errors import (
 )
 from protos.generation_calls import Generation
 from protos.retry import Attempts, ClientConfig
-from protos.routers import LEARN_AFTER_S, LEARN_INTERVAL_S, Routers
+from protos.routers import LEARN_AFTER_S, LEARN_INTERVAL_S, KnownRouters
 from protos.v1 import batch_pb2, generation_pb2
 
 CONFIG = ClientConfig(
@@ -50,8 +50,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def routers() -> Iterator[Routers]:
-    made = Routers("a:1, b:1", grpc.insecure_channel)
+def routers() -> Iterator[KnownRouters]:
+    made = KnownRouters("a:1, b:1", grpc.insecure_channel)
     yield made
     for channel in made.close():
         channel.close()
@@ -85,7 +85,7 @@ def send(attempts: Attempts, error: grpc.RpcError) -> tuple[str, float]:
     return address, attempts.failed(error)
 
 
-def test_all_routers_are_asked_before_there_is_a_wait(routers: Routers, clock: Clock) -> None:
+def test_all_routers_are_asked_before_there_is_a_wait(routers: KnownRouters, clock: Clock) -> None:
     attempts = Attempts(CONFIG, routers, clock=clock)
     sends = [send(attempts, GONE) for _ in range(5)]
     assert [address for address, _ in sends] == ["a:1", "b:1", "a:1", "b:1", "a:1"]
@@ -98,20 +98,20 @@ def test_all_routers_are_asked_before_there_is_a_wait(routers: Routers, clock: C
         send(attempts, GONE)
 
 
-def test_the_server_may_ask_for_a_longer_wait(routers: Routers, clock: Clock) -> None:
+def test_the_server_may_ask_for_a_longer_wait(routers: KnownRouters, clock: Clock) -> None:
     attempts = Attempts(CONFIG, routers, clock=clock)
     not_ready = raised(NotReadyError("loads", 9.5))
     assert [send(attempts, not_ready)[1] for _ in range(2)] == [0.0, 9.5]
 
 
-def test_an_error_of_the_request_is_raised_as_it_is(routers: Routers, clock: Clock) -> None:
+def test_an_error_of_the_request_is_raised_as_it_is(routers: KnownRouters, clock: Clock) -> None:
     attempts = Attempts(CONFIG, routers, clock=clock)
     with pytest.raises(InvalidFieldError, match="top_p"):
         send(attempts, raised(InvalidFieldError("sampling.top_p", "must be at most 1", 2.0)))
     assert routers.current().address == "a:1"
 
 
-def test_a_deadline_is_over_all_sends(routers: Routers, clock: Clock) -> None:
+def test_a_deadline_is_over_all_sends(routers: KnownRouters, clock: Clock) -> None:
     attempts = Attempts(CONFIG, routers, clock=clock)
     assert attempts.left_s() == 30.0
     clock.now += 29.5
@@ -124,7 +124,7 @@ def test_a_deadline_is_over_all_sends(routers: Routers, clock: Clock) -> None:
 
 
 def test_a_stream_that_broke_is_tried_for_longer_than_one_that_never_began(
-    routers: Routers, clock: Clock
+    routers: KnownRouters, clock: Clock
 ) -> None:
     attempts = Attempts(CONFIG, routers, generation(), clock=clock)
     attempts.next_router()
@@ -138,7 +138,7 @@ def test_a_stream_that_broke_is_tried_for_longer_than_one_that_never_began(
     assert 20.0 - 4.0 * JITTER <= clock.now - begun < 20.0  # resume_timeout_s
 
 
-def test_what_arrives_makes_the_next_failure_the_first(routers: Routers, clock: Clock) -> None:
+def test_what_arrives_makes_the_next_failure_the_first(routers: KnownRouters, clock: Clock) -> None:
     attempts = Attempts(CONFIG, routers, generation(), clock=clock)
     attempts.arrived()
     for _ in range(4):
@@ -152,7 +152,7 @@ def test_what_arrives_makes_the_next_failure_the_first(routers: Routers, clock: 
     ("config", "n"), [(CONFIG, 2), (ClientConfig(max_attempts=1), 1)], ids=["n=2", "one attempt"]
 )
 def test_some_streams_cannot_go_on(
-    config: ClientConfig, n: int, routers: Routers, clock: Clock
+    config: ClientConfig, n: int, routers: KnownRouters, clock: Clock
 ) -> None:
     attempts = Attempts(config, routers, generation(n), clock=clock)
     attempts.next_router()
@@ -161,7 +161,9 @@ def test_some_streams_cannot_go_on(
         attempts.failed(GONE)
 
 
-def test_a_held_session_is_waited_for_only_after_a_failure(routers: Routers, clock: Clock) -> None:
+def test_a_held_session_is_waited_for_only_after_a_failure(
+    routers: KnownRouters, clock: Clock
+) -> None:
     held = raised(SessionBusyError("s", "router-0", 0.5))
     with pytest.raises(SessionBusyError):
         send(Attempts(CONFIG, routers, generation(), clock=clock), held)
@@ -172,7 +174,7 @@ def test_a_held_session_is_waited_for_only_after_a_failure(routers: Routers, clo
 
 
 def test_a_reset_stream_is_sent_again_but_not_a_cancelled_one(
-    routers: Routers, clock: Clock
+    routers: KnownRouters, clock: Clock
 ) -> None:
     attempts = Attempts(CONFIG, routers, generation(), clock=clock)
     assert send(attempts, failure(grpc.StatusCode.CANCELLED, "CANCELLED"))[1] == 0.0
@@ -180,7 +182,9 @@ def test_a_reset_stream_is_sent_again_but_not_a_cancelled_one(
         send(attempts, failure(grpc.StatusCode.CANCELLED, "by the user"))
 
 
-def test_a_watch_outlasts_its_deadline_at_the_same_router(routers: Routers, clock: Clock) -> None:
+def test_a_watch_outlasts_its_deadline_at_the_same_router(
+    routers: KnownRouters, clock: Clock
+) -> None:
     attempts = Attempts(CONFIG, routers, watch(), clock=clock)
     for _ in range(3):
         assert attempts.left_s() == BatchWatch.timeout_s
@@ -191,12 +195,14 @@ def test_a_watch_outlasts_its_deadline_at_the_same_router(routers: Routers, cloc
     assert send(attempts, GONE)[0] == "b:1"
 
 
-def test_a_watch_that_never_began_fails_with_its_deadline(routers: Routers, clock: Clock) -> None:
+def test_a_watch_that_never_began_fails_with_its_deadline(
+    routers: KnownRouters, clock: Clock
+) -> None:
     with pytest.raises(DeadlineExceededError):
         send(Attempts(CONFIG, routers, watch(), clock=clock), TOO_LATE)
 
 
-def test_routers_are_asked_for_now_and_then(routers: Routers, clock: Clock) -> None:
+def test_routers_are_asked_for_now_and_then(routers: KnownRouters, clock: Clock) -> None:
     attempts = Attempts(CONFIG, routers, generation(), clock=clock)
     assert not attempts.should_learn()
     clock.now += LEARN_AFTER_S
@@ -208,7 +214,7 @@ def test_routers_are_asked_for_now_and_then(routers: Routers, clock: Clock) -> N
     assert [later - earlier for earlier, later in pairwise(due)] == [LEARN_INTERVAL_S] * 2
 
 
-def test_who_sends_once_does_not_ask_for_routers(routers: Routers, clock: Clock) -> None:
+def test_who_sends_once_does_not_ask_for_routers(routers: KnownRouters, clock: Clock) -> None:
     attempts = Attempts(ClientConfig(max_attempts=1), routers, generation(), clock=clock)
     clock.now += 10 * LEARN_AFTER_S
     assert not attempts.should_learn()

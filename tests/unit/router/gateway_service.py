@@ -23,7 +23,7 @@ from router.gateway.request_reader import ServedModel
 from router.gateway.server import (
     GatewayOptions,
     GatewayThread,
-    Service,
+    GrpcService,
     generation_service,
     session_service,
 )
@@ -88,7 +88,7 @@ def running(
     model: Any = None,
     *,
     text: TextProcessor = TEXT,
-    services: tuple[Service, ...] = (),
+    services: tuple[GrpcService, ...] = (),
     options: GatewayOptions | None = None,
     max_num_seqs: int = 256,
     max_queued: int = 64,

@@ -20,7 +20,7 @@ from protos.errors import (
 )
 from protos.events import Accepted, Completion, Delta, Prefill
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
-from router.gateway.server import Service
+from router.gateway.server import GrpcService
 from tests.eventually import eventually
 from tests.store_servers import StoreServer, running_store
 from tests.tcp_proxy import TcpProxy, proxied
@@ -216,7 +216,7 @@ def test_a_long_stream_teaches_the_client_the_other_routers() -> None:
             )
 
     name = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
-    extra = Service(name, Cluster(), cluster_pb2_grpc.add_ClusterServiceServicer_to_server)
+    extra = GrpcService(name, Cluster(), cluster_pb2_grpc.add_ClusterServiceServicer_to_server)
     with ExitStack() as stack:
         second = stack.enter_context(running(HashScript()))
         first = stack.enter_context(running(HashScript(), services=(extra,)))

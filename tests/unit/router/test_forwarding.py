@@ -24,7 +24,7 @@ from protos.v1 import generation_pb2, generation_pb2_grpc
 from router.gateway import forwarding, interceptor
 from router.gateway.forwarding import SHUN_S, Forwarder
 from router.gateway.interceptor import ErrorInterceptor
-from router.gateway.routing import WARM_BYTES, Load, RouterView, aligned_hashes
+from router.gateway.routing import WARM_BYTES, PeerView, RouterLoad, aligned_hashes
 from router.state.session_records import SessionRecord
 
 PROMPT = range(1100)
@@ -105,11 +105,13 @@ class Router(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.CancelRequestsResponse(cancelled=request.request_ids)
 
 
-def view(router_id: str, address: str, *, warm: bool = False, queued: int = 0) -> RouterView:
-    load = Load(prefill_tokens_per_s=1000.0, queued_tokens=queued, num_running=0, max_running=8)
+def view(router_id: str, address: str, *, warm: bool = False, queued: int = 0) -> PeerView:
+    load = RouterLoad(
+        prefill_tokens_per_s=1000.0, queued_tokens=queued, num_running=0, max_running=8
+    )
     known = [*HASHES.values(), *SESSION.snapshots.values()]
     keys = frozenset(key[:WARM_BYTES] for key in known) if warm else frozenset()
-    return RouterView(router_id=router_id, address=address, load=load, warm=keys)
+    return PeerView(router_id=router_id, address=address, load=load, warm=keys)
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Pair:
     far: Router
     stub: generation_pb2_grpc.GenerationServiceStub
     forwarder: Forwarder
-    views: list[RouterView]
+    views: list[PeerView]
     now: float = 100.0
 
     async def ask(self, **fields: object) -> list[str]:

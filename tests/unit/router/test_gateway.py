@@ -26,7 +26,7 @@ from protos.errors import (
 from protos.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 from router.engine.request import FinishReason, Logprobs, PrefillProgress, StepOutput
 from router.gateway.delivery import LoopDelivery
-from router.gateway.server import GatewayOptions, GatewayThread, Service
+from router.gateway.server import GatewayOptions, GatewayThread, GrpcService
 from router.gateway.stream import RequestStream, StreamOptions
 from tests.unit.router.gateway_service import PROMPT, TEXT, ScriptModel, running
 
@@ -61,7 +61,7 @@ class FlakyService(generation_pb2_grpc.GenerationServiceServicer):
 
 def served(servicer: FlakyService, options: GatewayOptions | None = None) -> GatewayThread:
     add = generation_pb2_grpc.add_GenerationServiceServicer_to_server
-    return GatewayThread([Service(GENERATION, servicer, add)], options or GatewayOptions())
+    return GatewayThread([GrpcService(GENERATION, servicer, add)], options or GatewayOptions())
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_health_names_every_service_and_flips_on_drain() -> None:
         async def GetStatus(self, request: Any, context: Any) -> cluster_pb2.ClusterStatus:
             return cluster_pb2.ClusterStatus(model="script")
 
-    extra = Service(CLUSTER, Cluster(), cluster_pb2_grpc.add_ClusterServiceServicer_to_server)
+    extra = GrpcService(CLUSTER, Cluster(), cluster_pb2_grpc.add_ClusterServiceServicer_to_server)
     states = health_pb2.HealthCheckResponse
     with running(services=(extra,)) as service, grpc.insecure_channel(service.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)

@@ -9,9 +9,9 @@ import pytest
 
 from protos.errors import StateUnavailableError
 from router.gateway.heartbeat import MAX_AGE_S, Heartbeat
-from router.gateway.routing import Load, RouterView
+from router.gateway.routing import PeerView, RouterLoad
 from router.state.embedded import EmbeddedServer, Role
-from router.state.session_records import Engine
+from router.state.session_records import EngineRecord
 from router.state.sessions import SessionStore
 
 WARM = frozenset({b"12345678", b"abcdefgh"})
@@ -30,8 +30,8 @@ class World:
     ) -> Heartbeat:
         store = SessionStore.connect(self.server.endpoint, engine=name)
         self.stores.append(store)
-        load = Load(prefill_tokens_per_s=2.5, queued_tokens=7, num_running=1, max_running=4)
-        view = RouterView(router_id=name, address=address, load=load, warm=WARM)
+        load = RouterLoad(prefill_tokens_per_s=2.5, queued_tokens=7, num_running=1, max_running=4)
+        view = PeerView(router_id=name, address=address, load=load, warm=WARM)
         return Heartbeat(
             store,
             lambda: view,
@@ -99,7 +99,7 @@ async def test_views_that_are_too_old_are_forgotten(world: World) -> None:
 
 async def test_a_heartbeat_of_another_version_is_left_out(world: World) -> None:
     one = world.router("r0.svc")
-    foreign = Engine(
+    foreign = EngineRecord(
         engine="r1.svc", boot="b", address="h:2", namespace="ns", load=0.0, warm=b"short"
     )
     await world.stores[0].heartbeat(foreign)

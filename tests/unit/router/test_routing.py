@@ -14,8 +14,8 @@ from router.gateway.routing import (
     MIN_GAIN_SHARE,
     WARM_BYTES,
     Choice,
-    Load,
-    RouterView,
+    PeerView,
+    RouterLoad,
     choose,
     unpack_warm,
     warm_set,
@@ -35,18 +35,18 @@ def view(
     queued: int = 0,
     running: int = 0,
     rate: float = RATE,
-) -> RouterView:
-    return RouterView(
+) -> PeerView:
+    return PeerView(
         router_id=router_id,
         address=f"{router_id}:1",
-        load=Load(
+        load=RouterLoad(
             prefill_tokens_per_s=rate, queued_tokens=queued, num_running=running, max_running=8
         ),
         warm=unpack_warm(warm_set(CHAIN.position_hash(n) for n in warm)),
     )
 
 
-def pick(*views: RouterView, own: str = "a", candidates: tuple[int, ...] = BLOCKS) -> Choice:
+def pick(*views: PeerView, own: str = "a", candidates: tuple[int, ...] = BLOCKS) -> Choice:
     hashes = {position: CHAIN.position_hash(position) for position in candidates}
     return choose(views, own, hashes, NUM_TOKENS)
 
@@ -136,9 +136,9 @@ def test_the_warm_set_is_bounded_and_keeps_the_newest() -> None:
 
 def test_a_load_survives_its_journey() -> None:
     load = view("a", queued=7, running=3, rate=12.5).load
-    assert Load.unpack(load.pack()) == load
+    assert RouterLoad.unpack(load.pack()) == load
     with pytest.raises(ValueError, match="load of 3 bytes"):
-        Load.unpack(b"abc")
+        RouterLoad.unpack(b"abc")
 
 
 def test_the_asking_router_must_be_among_the_views() -> None:

@@ -24,7 +24,7 @@ from protos.tls import Access
 from protos.v1 import cluster_pb2, cluster_pb2_grpc, session_pb2, session_pb2_grpc
 from router.engine.chain import tenant_namespace
 from router.gateway.authentication import ApiKey, Callers
-from router.gateway.server import GatewayOptions, Service
+from router.gateway.server import GatewayOptions, GrpcService
 from router.state.sessions import SessionStore
 from tests.eventually import eventually
 from tests.store_servers import StoreServer, running_store
@@ -213,7 +213,7 @@ class Operated(cluster_pb2_grpc.ClusterServiceServicer):
 def test_a_tenant_looks_at_the_service_and_does_not_change_it() -> None:
     name = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
     added = cluster_pb2_grpc.add_ClusterServiceServicer_to_server
-    services = (Service(name, Operated(), added),)
+    services = (GrpcService(name, Operated(), added),)
     with running(services=services, options=GatewayOptions(api_keys=KEYS)) as service:
         for key in KEYS:
             with Access(api_key=key.key).channel(service.address) as channel:

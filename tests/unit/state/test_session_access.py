@@ -14,7 +14,7 @@ from protos.errors import StateUnavailableError
 from router.state.control import ControlClient
 from router.state.embedded import EmbeddedServer, find_binary
 from router.state.endpoint import Endpoint
-from router.state.session_records import Engine
+from router.state.session_records import EngineRecord
 from router.state.sessions import SessionStore
 from tests.certificates import Authority
 from tests.ports import free_port
@@ -43,7 +43,7 @@ async def whole_life(endpoint: Endpoint) -> None:
     await store.renew(lease)
     await store.report_dead("r9", "b")
     await store.heartbeat(
-        Engine(engine="r0", boot="b", address="h:1", namespace="ab", load=0.0, warm=b"")
+        EngineRecord(engine="r0", boot="b", address="h:1", namespace="ab", load=0.0, warm=b"")
     )
     assert len(await store.engines()) == 1
     assert (await store.tokens(lease)).tolist() == [1, 2, 3, 5]

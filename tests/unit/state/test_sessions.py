@@ -16,7 +16,7 @@ from protos.errors import (
 )
 from router.state.embedded import EmbeddedServer
 from router.state.redis_keys import SessionKeys, session_keys
-from router.state.session_records import Engine, OpenTurn, SessionRecord, TurnRecord
+from router.state.session_records import EngineRecord, OpenTurn, SessionRecord, TurnRecord
 from router.state.sessions import SessionStore
 from tests.unit.state.conftest import StartServer, StoreMaker
 from tests.unit.state.turns import add_turn, redis_of, turn_record
@@ -339,7 +339,9 @@ async def test_heartbeats_list_the_living_routers(
     store = make_store(server)
     assert await store.engines() == []
     beats = [
-        Engine(engine=f"r{i}", boot=f"b{i}", address=f"h:{i}", namespace="ab", load=i / 3, warm=b)
+        EngineRecord(
+            engine=f"r{i}", boot=f"b{i}", address=f"h:{i}", namespace="ab", load=i / 3, warm=b
+        )
         for i, b in enumerate([b"", bytes(range(16)), b"\r\n12345678"])
     ]
     for beat in reversed(beats):
