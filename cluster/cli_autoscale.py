@@ -54,7 +54,7 @@ def simulate(
     from cluster.autoscale_log import changes_something, decision_message
     from cluster.autoscale_loop import policy_of
     from cluster.autoscale_replay import read_trace, replay
-    from cluster.config import load_config
+    from cluster.config_loading import load_config
 
     with errors_exit():
         settings = load_config(env=os.environ, file=config).config

@@ -7,7 +7,8 @@ import os
 import typer
 
 from cluster.cli_options import AsJson, ConfigFile
-from cluster.config import load_config, shown, to_json_schema
+from cluster.config import shown, to_json_schema
+from cluster.config_loading import load_config
 from cluster.console import errors_exit, out_console, print_json, table
 
 config_app = typer.Typer(help="Show, check and describe the configuration.", no_args_is_help=True)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cluster.cli_options import ConfigFile
-from cluster.config import describe, load_config
+from cluster.config import describe
+from cluster.config_loading import load_config
 from cluster.console import errors_exit
 
 

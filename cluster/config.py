@@ -1,31 +1,18 @@
-"""What can be set, its one default, its rule, and where a value came from.
+"""What can be set, its one default, its rule, and how it is shown.
 
-A value is looked up in this order: command line, environment (`EXPERTMESH_SECTION__FIELD`), file
-(TOML or JSON, one table per section), default. No other file holds a default for a field listed
-here. This file knows nothing of checkpoints, Ray or torch.
+No other file holds a default for a field listed here. Where a value comes from is decided in
+`cluster.config_loading`. This file knows nothing of checkpoints, Ray or torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
-import json
-import tomllib
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from cluster.config_fields import Field, coerce, fields_of, json_schema, number, secret
-from cluster.hf_overrides import parse_hf_overrides
-from protos.errors import ConfigurationError, Violation
-from router.gateway.batch_roots import BatchRoots
-
-ENV_PREFIX = "EXPERTMESH_"
-
-Origin = Literal["command line", "environment", "file", "default"]
+from cluster.config_fields import Field, fields_of, json_schema, number, secret
+from protos.errors import ConfigurationError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,97 +245,6 @@ class Config:
     """Batches that clients submit and the service runs; see `expertmesh batch submit`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A checked configuration, and where each value came from."""
-
-    config: Config
-    origins: Mapping[str, Origin]
-    """Dotted path of every field -> origin."""
-
-
-def load_config(
-    cli: Mapping[str, Any] | None = None,
-    env: Mapping[str, str] | None = None,
-    file: Path | None = None,
-) -> Loaded:
-    """Merge command line, environment and file over the defaults, and check every value.
-
-    Args:
-        cli: Dotted path -> value; None means "not given".
-        env: The environment; only `EXPERTMESH_SECTION__FIELD` names are looked at.
-        file: A `.toml` or `.json` file.
-
-    Raises:
-        ConfigurationError: Unknown keys and values against their rule, all of them in one error.
-    """
-    violations: list[Violation] = []
-    values: dict[str, Any] = {}
-    origins: dict[str, Origin] = dict.fromkeys(_fields(), "default")
-    sources: tuple[tuple[Origin, Mapping[str, Any]], ...] = (
-        ("file", _read_file(file) if file else {}),
-        ("environment", _from_env(env or {})),
-        ("command line", {k: v for k, v in (cli or {}).items() if v is not None}),
-    )
-    for origin, found in sources:
-        for path, raw in found.items():
-            spec = _fields().get(path)
-            if spec is None:
-                violations.append(_unknown(path, raw, origin))
-                continue
-            try:
-                values[path] = coerce(raw, spec, from_text=origin == "environment")
-                origins[path] = origin
-            except ValueError as error:
-                seen = spec.shown(raw)
-                seen = seen if _is_plain(seen) else repr(seen)
-                violations.append(Violation(path, str(error), seen))
-    if violations:
-        raise ConfigurationError(violations=violations)
-    sections = {
-        section.name: _section_type(section.name)(
-            **{
-                name.split(".", 1)[1]: value
-                for name, value in values.items()
-                if name.startswith(section.name + ".")
-            }
-        )
-        for section in dataclasses.fields(Config)
-    }
-    config = Config(**sections)
-    parse_groups(config.experts.groups)
-    parse_hf_overrides(config.model.hf_overrides)
-    if config.engine.max_num_batched_tokens < config.engine.max_num_seqs:
-        raise ConfigurationError(
-            "engine.max_num_batched_tokens",
-            f"must be at least engine.max_num_seqs ({config.engine.max_num_seqs})",
-            config.engine.max_num_batched_tokens,
-        )
-    state = config.state
-    if state.wait_replicas and state.enabled and not (state.redis_url or state.blob_urls):
-        raise ConfigurationError(
-            "state.wait_replicas",
-            "must be 0 without state.redis_url: the embedded Valkey has no replicas",
-            state.wait_replicas,
-        )
-    _check_batch_roots(config)
-    return Loaded(config, origins)
-
-
-def _check_batch_roots(config: Config) -> None:
-    """Refuse folders that are none, and batches without a place for their records."""
-    roots = config.batch.roots
-    if roots and not config.state.enabled:
-        raise ConfigurationError(
-            "batch.roots", "must be empty with --no-state: batches are kept there", list(roots)
-        )
-    for root in roots:
-        try:
-            BatchRoots([root])
-        except ValueError as error:
-            raise ConfigurationError("batch.roots", str(error), root) from None
-
-
 def parse_groups(spec: str | None) -> dict[str, float]:
     """Return group name -> capacity of `experts.groups`; `3` is three equal groups `group-0` ....
 
@@ -385,12 +281,12 @@ def parse_groups(spec: str | None) -> dict[str, float]:
 
 def to_json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a configuration file."""
-    return json_schema(Config, _fields())
+    return json_schema(Config, fields())
 
 
 def describe(path: str) -> str:
     """Return the sentence and the rule of a field, as help texts show it."""
-    spec = _fields()[path]
+    spec = fields()[path]
     rule = spec.rule
     default = "" if spec.default in (None, "") else f" Default: {spec.default}."
     return f"{spec.doc}{f' Rule: {rule}.' if rule else ''}{default}"
@@ -399,77 +295,16 @@ def describe(path: str) -> str:
 def flatten(config: Config) -> dict[str, Any]:
     """Return dotted path -> value of every field."""
     return {
-        path: getattr(getattr(config, path.split(".")[0]), path.split(".")[1]) for path in _fields()
+        path: getattr(getattr(config, path.split(".")[0]), path.split(".")[1]) for path in fields()
     }
 
 
 def shown(config: Config) -> dict[str, Any]:
     """Return `flatten(config)` with secrets masked, in JSON's types: for people and logs."""
-    return {path: _fields()[path].shown(value) for path, value in flatten(config).items()}
-
-
-def _section_type(name: str) -> type[Any]:
-    kind: type[Any] = typing.get_type_hints(Config)[name]
-    return kind
+    return {path: fields()[path].shown(value) for path, value in flatten(config).items()}
 
 
 @functools.cache
-def _fields() -> dict[str, Field]:
-    """Dotted path -> what is known of the field, in the order of the source."""
+def fields() -> Mapping[str, Field]:
+    """Return dotted path -> what is known of the field, in the order of the source."""
     return fields_of(Config)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigurationError(
-            "--config", f"must be a readable file ({why})", str(path)
-        ) from None
-    try:
-        if path.suffix == ".json":
-            document = json.loads(text)
-        elif path.suffix == ".toml":
-            document = tomllib.loads(text)
-        else:
-            raise ConfigurationError("--config", "must end in .toml or .json", str(path))
-    except ValueError as error:  # JSONDecodeError and TOMLDecodeError
-        raise ConfigurationError(
-            "--config", f"must be valid {path.suffix[1:]}: {error}", str(path)
-        ) from None
-    if not isinstance(document, dict):
-        raise ConfigurationError("--config", "must hold one table per section", str(path))
-    flat: dict[str, Any] = {}
-    for section, content in document.items():
-        if isinstance(content, dict):
-            flat.update({f"{section}.{name}": value for name, value in content.items()})
-        else:
-            flat[section] = content
-    return flat
-
-
-def _from_env(env: Mapping[str, str]) -> dict[str, str]:
-    return {
-        name.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1): value
-        for name, value in env.items()
-        if name.startswith(ENV_PREFIX) and "__" in name
-    }
-
-
-def _unknown(path: str, raw: Any, origin: Origin) -> Violation:
-    tail = path.rsplit(".", 1)[-1]
-    near = [known for known in _fields() if known.rsplit(".", 1)[-1] == tail][:1]
-    near = near or difflib.get_close_matches(path, _fields(), n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else f"; sections: {', '.join(_sections())}"
-    return Violation(
-        path, f"is not a known setting ({origin}){hint}", raw if _is_plain(raw) else ""
-    )
-
-
-def _sections() -> list[str]:
-    return [section.name for section in dataclasses.fields(Config)]
-
-
-def _is_plain(raw: Any) -> bool:
-    return isinstance(raw, str | int | float | bool)

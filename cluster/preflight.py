@@ -22,7 +22,8 @@ from typing import Any
 import psutil
 from google.rpc import status_pb2
 
-from cluster.config import Config, ModelSection, load_config, parse_groups
+from cluster.config import Config, ModelSection, parse_groups
+from cluster.config_loading import load_config
 from cluster.hf_overrides import parse_hf_overrides
 from cluster.kv_budget import format_bytes, plan_kv_blocks
 from cluster.security import load_security

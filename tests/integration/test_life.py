@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import load_config
+from cluster.config_loading import load_config
 from cluster.kv_budget import GIB
 from cluster.preflight import examine, quick_checks
 from protos.client import Client, ClientConfig

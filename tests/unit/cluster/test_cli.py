@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.config import flatten, load_config
+from cluster.config import flatten
+from cluster.config_loading import load_config
 
 ROOT = Path(__file__).resolve().parents[3]
 runner = CliRunner()

@@ -11,11 +11,11 @@ import pytest
 from cluster.config import (
     describe,
     flatten,
-    load_config,
     parse_groups,
     shown,
     to_json_schema,
 )
+from cluster.config_loading import load_config
 from cluster.kv_budget import GIB
 from protos.errors import ConfigurationError
 from router.engine.config import EngineConfig

@@ -13,7 +13,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.autoscale_explain import ask_decisions
-from cluster.config import Config, load_config
+from cluster.config import Config
+from cluster.config_loading import load_config
 from cluster.front import ASK_TIMEOUT_S, StatusPort
 from cluster.scale_commands import Wanted, drain_member, scale_service
 from cluster.security import load_security

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import load_config
+from cluster.config_loading import load_config
 from cluster.group_process import GroupProcess
 from experts.moves import replan
 from experts.planner import plan_placement

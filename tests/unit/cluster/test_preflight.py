@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config, load_config
+from cluster.config import Config
+from cluster.config_loading import load_config
 from cluster.preflight import (
     Examination,
     Facts,

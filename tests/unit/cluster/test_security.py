@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import Config, load_config
+from cluster.config import Config
+from cluster.config_loading import load_config
 from cluster.preflight import quick_checks
 from cluster.security import Security, config_of_group, load_security
 from protos.errors import ConfigurationError, UnauthenticatedError
