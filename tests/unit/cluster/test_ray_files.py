@@ -76,6 +76,9 @@ def test_every_flag_of_expertmesh_exists(path: Path) -> None:
     assert len(start) == 1
     flags = [part for part in shlex.split(start[0])[4:] if part.startswith("--")]
     assert flags
+    advised = re.findall(r"^ *#.*?`(--[a-z-]+)", path.read_text(), re.MULTILINE)
+    assert "--batch-root" in advised
+    flags += advised
     assert set(flags) <= known
     service = root.commands["service"]
     used = {m[1] for c in commands(load(path)) for m in re.finditer(r"expertmesh service (\w+)", c)}
