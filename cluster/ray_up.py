@@ -38,10 +38,12 @@ LOOK_S = 0.5
 DOWN_TIMEOUT_S = 120.0
 TAIL_LINES = 40
 END_COMMAND = (
-    "ray stop --force >/dev/null 2>&1; pid=~/.expertmesh/service.pid;"
+    "PATH=~/expertmesh/.venv/bin:$PATH ray stop --force >/dev/null 2>&1;"
+    " pid=~/.expertmesh/service.pid;"
     ' test ! -e $pid || ! kill -0 "$(cat $pid)" 2>/dev/null'
 )
-"""Succeeds where nothing of ours runs any more; a killed supervisor leaves the file behind."""
+"""Succeeds where nothing of ours runs any more; a killed supervisor leaves the file behind. Many a
+~/.bashrc ends at once in a shell without a terminal, before it says where `ray` is."""
 _PHASE = re.compile(r"\[\d/\d\] (.+)")
 
 Progress = Callable[[str], None]

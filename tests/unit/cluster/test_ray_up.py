@@ -77,8 +77,9 @@ def test_a_machine_is_done_when_no_supervisor_runs_there(tmp_path: Path, is_left
     """A supervisor that was killed leaves the file with its process id behind."""
     folder = tmp_path / ".expertmesh"
     folder.mkdir()
-    ray = tmp_path / "ray"  # in the place of the one that ends what others run here
-    ray.write_text("#!/bin/sh\n")
+    ray = tmp_path / "expertmesh/.venv/bin/ray"  # instead of the one that ends what runs here
+    ray.parent.mkdir(parents=True)
+    ray.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     ray.chmod(0o700)
     with subprocess.Popen(
         ["true" if is_left == "the file" else "cat"], stdin=subprocess.PIPE
@@ -88,6 +89,7 @@ def test_a_machine_is_done_when_no_supervisor_runs_there(tmp_path: Path, is_left
         if is_left != "nothing":
             (folder / "service.pid").write_text(str(process.pid))
         command = ["bash", "-c", END_COMMAND]
-        environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+        environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
         done = subprocess.run(command, env=environment, timeout=20).returncode == 0
     assert done == (is_left != "the process")
+    assert (tmp_path / "asked").read_text() == "stop --force\n"
