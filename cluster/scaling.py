@@ -46,15 +46,8 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
 """After a plan or a start that failed; with other groups a plan is tried at once."""
-STARTING = (
-    RouterPhase.WAITING,
-    RouterPhase.PREPARE,
-    RouterPhase.LOAD,
-    RouterPhase.LOADED,
-    RouterPhase.START,
-    RouterPhase.CHECK,
-)
-"""Of routers."""
+NEED_EXPERTS = (RouterPhase.LOAD, RouterPhase.LOADED, RouterPhase.START, RouterPhase.CHECK)
+"""Of routers: they start. One that still waits for its node keeps nobody awake."""
 ANSWER_TIMEOUT_S = 180.0
 """How long a router may take to connect, switch, fall asleep or wake; then it is ended, because
 nothing can change while one does not answer. Groups get the time of a start, in which they load."""
@@ -223,8 +216,8 @@ class Scaling:
     def tick(self) -> None:
         """Start what is due, end who is silent, and tell the routers what has changed."""
         self._end_silent()
-        if any(router.phase in STARTING for router in self.routers.all.values()):
-            self.wake()  # a router needs experts to start
+        if any(router.phase in NEED_EXPERTS for router in self.routers.all.values()):
+            self.wake()
         # The next one of that name is another group.
         self.target = replace(self.target, leaving=self.target.leaving & self.groups.all.keys())
         for _ in range(MAX_STEPS):

@@ -88,6 +88,8 @@ class World:
                 return "10.0.0.1:1", call.arguments[0], "torch"
             case "trim":
                 return Placement.from_json(call.arguments[0]).epoch
+            case "sleep" | "wake":
+                return call.method, True
             case "connect":
                 return "connect", Placement.from_json(call.arguments[0]).epoch
             case "switch":
@@ -280,3 +282,15 @@ def test_a_router_that_starts_with_a_group_that_dies_begins_anew(
     assert router.phase is RouterPhase.UP
     assert world.scaling.placement is not None
     assert "group-1" not in world.scaling.placement.groups
+
+
+def test_a_router_that_waits_for_its_node_keeps_nobody_awake(world: World) -> None:
+    world.scaling.scale(0, 2)
+    world.silent.add("router-1")  # no node
+    for _ in range(10):
+        world.turn()
+    assert world.scaling.routers.all["router-1"].phase is RouterPhase.PREPARE
+    assert (world.scaling.target.groups, world.scaling.groups.all) == (0, {})
+    world.silent.clear()
+    world.settle()
+    assert len(world.scaling.groups.all) == len(GROUPS), "it needs experts to start"
