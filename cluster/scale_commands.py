@@ -11,14 +11,12 @@ from dataclasses import dataclass
 import grpc
 
 from cluster.console import err_console, out_console, print_json
-from cluster.status import ask_status, message_document
+from cluster.status import StatusAsker, message_document
 from protos.errors import (
     ExpertMeshError,
     InvalidFieldError,
-    UnreachableError,
     from_rpc_error,
 )
-from protos.routers import KnownRouters, channels
 from protos.tls import Access
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
 
@@ -47,38 +45,6 @@ class Wanted:
         )
 
 
-class RunningService:
-    """A service, asked through whichever of its routers answers."""
-
-    def __init__(self, url: str, access: Access) -> None:
-        self._access = access
-        self._routers = KnownRouters(url, channels(access))
-
-    def status(self) -> cluster_pb2.ClusterStatus:
-        """Return the status, and learn the routers that there are.
-
-        Raises:
-            ExpertMeshError: None answers.
-        """
-        failure: ExpertMeshError = UnreachableError("no router")
-        for _ in range(len(self._routers)):
-            router = self._routers.current()
-            try:
-                status = ask_status(router.address, self._access)
-            except ExpertMeshError as error:
-                failure = error
-                self._routers.failed(router)
-                continue
-            self._routers.learn(status, router)
-            return status
-        raise failure
-
-    def close(self) -> None:
-        """Close the connections."""
-        for channel in self._routers.close():
-            channel.close()
-
-
 def scale_service(
     url: str, access: Access, wanted: Wanted, wait_s: float | None, *, as_json: bool
 ) -> bool:
@@ -90,15 +56,12 @@ def scale_service(
     Raises:
         ExpertMeshError: Not reachable, or numbers that cannot be.
     """
-    service = RunningService(url, access)
-    try:
-        if wanted.expert_groups is not None or wanted.routers is not None:
-            _ask(url, access, wanted)
-        status, is_met = service.status(), True
-        if wait_s is not None:
-            status, is_met = _wait(service, wanted, wait_s)
-    finally:
-        service.close()
+    asker = StatusAsker(url, access)
+    if wanted.expert_groups is not None or wanted.routers is not None:
+        _ask(url, access, wanted)
+    status, is_met = asker.status(), True
+    if wait_s is not None:
+        status, is_met = _wait(asker, wanted, wait_s)
     if as_json:
         print_json(message_document(status.scaling))
     else:
@@ -139,14 +102,14 @@ def _ask(url: str, access: Access, wanted: Wanted) -> None:
 
 
 def _wait(
-    service: RunningService, wanted: Wanted, wait_s: float
+    asker: StatusAsker, wanted: Wanted, wait_s: float
 ) -> tuple[cluster_pb2.ClusterStatus, bool]:
     """Return the last status, and whether the service is as wanted; say what happens meanwhile."""
     begun = seen_s = time.monotonic()
     console, said = err_console(), ""
     while True:
         try:
-            status = service.status()
+            status = asker.status()
             seen_s = time.monotonic()
         except ExpertMeshError:
             if time.monotonic() - seen_s > UNREACHABLE_S:
@@ -164,13 +127,13 @@ def _wait(
 @contextmanager
 def _telling(url: str, access: Access) -> Iterator[None]:
     """Say what changes in the service, until the block ends."""
-    service, ended = RunningService(url, access), threading.Event()
+    asker, ended = StatusAsker(url, access), threading.Event()
 
     def tell() -> None:
         console, said = err_console(), ""
         while not ended.wait(LOOK_S):
             try:
-                now = _sentence(service.status())
+                now = _sentence(asker.status())
             except ExpertMeshError:
                 continue
             if now != said:
@@ -184,7 +147,6 @@ def _telling(url: str, access: Access) -> Iterator[None]:
     finally:
         ended.set()
         teller.join()
-        service.close()
 
 
 def _sentence(status: cluster_pb2.ClusterStatus) -> str:

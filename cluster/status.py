@@ -1,7 +1,9 @@
-"""`expertmesh status`: asks a router and shows the answer."""
+"""What a service says of itself: asked of a router, and shown by `expertmesh status`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import grpc
@@ -11,7 +13,12 @@ from rich.console import Console
 
 from cluster.console import out_console, table
 from cluster.kv_budget import format_bytes
-from protos.errors import from_rpc_error
+from protos.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    ServiceUnavailableError,
+    from_rpc_error,
+)
 from protos.tls import Access
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
 
@@ -34,6 +41,45 @@ def ask_status(
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
     return cast(cluster_pb2.ClusterStatus, answer)
+
+
+@dataclass(slots=True)
+class StatusAsker:
+    """Asks for the status again and again: the router that answered last, then the others.
+
+    The first address is the user's; the others come from the answers.
+
+    Args:
+        url: Of any router.
+        access: How to reach it, and the others.
+        ask: Returns a status, or raises.
+    """
+
+    url: str
+    access: Access
+    ask: Callable[[str, Access], cluster_pb2.ClusterStatus] = ask_status
+    _others: list[str] = field(default_factory=list)
+
+    def status(self) -> cluster_pb2.ClusterStatus:
+        """Return the status.
+
+        Raises:
+            ExpertMeshError: No router answers; the error is the first one's.
+        """
+        first: ExpertMeshError | None = None
+        for url in dict.fromkeys((self.url, *self._others)):
+            try:
+                status = self.ask(url, self.access)
+            except (ServiceUnavailableError, DeadlineExceededError) as error:
+                first = first or error
+                continue
+            self.url = url
+            scheme = url[: url.find("://") + 3] if "://" in url else ""
+            known = [r.grpc_address for r in status.routers if r.grpc_address]
+            self._others = [scheme + address for address in known] or self._others
+            return status
+        assert first is not None  # there is one address at least
+        raise first
 
 
 def message_document(message: Message) -> dict[str, Any]:

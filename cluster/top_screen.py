@@ -1,7 +1,6 @@
 """`expertmesh top`: asks again and again, and draws.
 
-Any router answers for all. The first address is the user's; the others come from the answers, and
-one of them is asked when a router does not answer, so the screen outlives it.
+Any router answers for all, so the screen outlives the one that it asked first.
 """
 
 from __future__ import annotations
@@ -9,8 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -18,55 +16,15 @@ from rich.text import Text
 
 from cluster.console import out_console, table
 from cluster.kv_budget import format_bytes
-from cluster.status import ask_status
+from cluster.status import StatusAsker
 from cluster.top import View, view_of
-from protos.errors import DeadlineExceededError, ExpertMeshError, ServiceUnavailableError
+from protos.errors import DeadlineExceededError, ServiceUnavailableError
 from protos.tls import Access
 from protos.v1 import cluster_pb2
 
-ASK_TIMEOUT_S = 5.0
 SHADES = " ░▒▓█"
 """A cell's part of the load in its layer: none, .. , twice an even part and more."""
 COLOURS = ("default", "blue", "green", "yellow", "red")
-
-Ask = Callable[[str, Access, float], cluster_pb2.ClusterStatus]
-
-
-@dataclass(slots=True)
-class Asker:
-    """Asks the router that answered last, then the others.
-
-    Args:
-        url: Of any router.
-        access: How to reach it, and the others.
-        ask: Returns a status, or raises.
-    """
-
-    url: str
-    access: Access
-    ask: Ask = ask_status
-    _others: list[str] = field(default_factory=list)
-
-    def status(self) -> cluster_pb2.ClusterStatus:
-        """Return the status.
-
-        Raises:
-            ExpertMeshError: No router answers; the error is the first one's.
-        """
-        first: ExpertMeshError | None = None
-        for url in dict.fromkeys((self.url, *self._others)):
-            try:
-                status = self.ask(url, self.access, ASK_TIMEOUT_S)
-            except (ServiceUnavailableError, DeadlineExceededError) as error:
-                first = first or error
-                continue
-            self.url = url
-            scheme = url[: url.find("://") + 3] if "://" in url else ""
-            found = [scheme + router.grpc_address for router in status.routers]
-            self._others = found or self._others
-            return status
-        assert first is not None  # there is one address at least
-        raise first
 
 
 def run_top(url: str, access: Access, *, interval_s: float, once: bool, as_json: bool) -> None:
@@ -75,7 +33,7 @@ def run_top(url: str, access: Access, *, interval_s: float, once: bool, as_json:
     Raises:
         ExpertMeshError: No router answers at the start.
     """
-    views = _views(Asker(url, access), interval_s)
+    views = _views(StatusAsker(url, access), interval_s)
     if once or as_json:
         for view in views:
             if once and not view.seconds:
@@ -157,7 +115,7 @@ def heat(shares: tuple[float, ...], num_groups: int) -> Text:
     return text
 
 
-def _views(asker: Asker, interval_s: float) -> Iterator[View]:
+def _views(asker: StatusAsker, interval_s: float) -> Iterator[View]:
     """Yield a view now and every interval; a service that is gone for a while is waited for."""
     before: cluster_pb2.ClusterStatus | None = None
     asked_s = 0.0

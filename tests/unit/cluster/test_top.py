@@ -7,8 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
+from cluster.status import StatusAsker
 from cluster.top import view_of
-from cluster.top_screen import Asker, heat, screen
+from cluster.top_screen import heat, screen
 from protos.errors import UnreachableError
 from protos.tls import Access
 from protos.v1 import cluster_pb2
@@ -95,7 +96,7 @@ class Routers:
         self.alive = {"grpc://h:1", "grpc://h:2"}
         self.asked: list[str] = []
 
-    def ask(self, url: str, access: Access, timeout_s: float) -> cluster_pb2.ClusterStatus:
+    def ask(self, url: str, access: Access) -> cluster_pb2.ClusterStatus:
         self.asked.append(url)
         if url not in self.alive:
             raise UnreachableError(url)
@@ -104,7 +105,7 @@ class Routers:
 
 def test_when_a_router_dies_another_one_is_asked() -> None:
     routers = Routers()
-    asker = Asker("grpc://h:1", Access(), routers.ask)
+    asker = StatusAsker("grpc://h:1", Access(), routers.ask)
     asker.status()
     routers.alive = {"grpc://h:2"}
     asker.status()
