@@ -13,7 +13,8 @@ references and says which one finished. A router comes back at its old address, 
 it again.
 
 When it starts again, and when it is given up: `cluster.restarts`. Waiting for a node, or for
-experts, is no fault of a router and counts for nothing. The service ends when no router is left.
+experts, is no fault of a router and counts for nothing. The service ends when no router is left;
+as long as others serve, one that was given up is tried again every `GIVEN_UP_S`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from protos.errors import DeadlineExceededError, ExpertMeshError, RouterLostErro
 
 log = logging.getLogger(__name__)
 
+GIVEN_UP_S = 300.0
+"""After a router was given up until it is tried once more: what was in its way may be gone."""
 STOP_TIMEOUT_S = 30.0
 """How long a router gets to close its port, and to say that it is drained, before it is killed."""
 
@@ -221,6 +224,9 @@ class Routers:
             if router.phase is RouterPhase.WAITING:
                 if now >= router.retry_at:
                     self._spawn(router)
+            elif router.phase is RouterPhase.GIVEN_UP:
+                if now >= router.retry_at and self.up:
+                    self._spawn(router)
             elif router.phase is RouterPhase.LOADED:
                 self._start_loaded(router)
             elif now < router.deadline:
@@ -326,7 +332,7 @@ class Routers:
         what = "died" if was_up else "did not come back"
         delay_s = router.restarts.died(self.clock())
         if delay_s is None:
-            router.phase = RouterPhase.GIVEN_UP
+            router.phase, router.retry_at = RouterPhase.GIVEN_UP, self.clock() + GIVEN_UP_S
         else:
             router.phase, router.retry_at = RouterPhase.WAITING, self.clock() + delay_s
         self.progress(f"{router.router_id} {what} ({error.message}); {next_step(delay_s)}")

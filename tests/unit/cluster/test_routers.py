@@ -12,6 +12,7 @@ from cluster.groups import Groups
 from cluster.members import ProcessFacts, RouterReady
 from cluster.restarts import FIRST_BACKOFF_S, MAX_QUICK_DEATHS, QUICK_S, backoff_s
 from cluster.routers import (
+    GIVEN_UP_S,
     STOP_TIMEOUT_S,
     Router,
     RouterPhase,
@@ -190,9 +191,38 @@ def test_the_first_restart_is_at_once_and_then_the_waits_double(
     assert routers.given_up == ["router-0"]
     assert "5 times in a row; it is given up" in world.said[-1]
     assert not routers.is_over, "the other one serves"
-    world.now += 1e6
+    world.now += GIVEN_UP_S * 0.99
     routers.tick()
     assert world.num_spawned == MAX_QUICK_DEATHS - 1
+
+
+def give_up(world: World, routers: Routers, router_id: str) -> None:
+    while router_id not in routers.given_up:
+        die(world, routers, router_id)
+        world.now += backoff_s(MAX_QUICK_DEATHS)
+        routers.tick()
+
+
+def test_a_router_that_was_given_up_is_tried_again_while_another_serves(
+    world: World, routers: Routers
+) -> None:
+    give_up(world, routers, "router-0")
+    world.now += GIVEN_UP_S
+    routers.tick()
+    assert routers.all["router-0"].phase is RouterPhase.PREPARE
+    die(world, routers)
+    assert routers.given_up == ["router-0"], "one more try, no five"
+    world.now += GIVEN_UP_S
+    run_to_up(routers)
+    assert routers.given_up == []
+
+
+def test_when_all_are_given_up_the_service_is_over(world: World, routers: Routers) -> None:
+    give_up(world, routers, "router-0")
+    give_up(world, routers, "router-1")
+    world.now += GIVEN_UP_S
+    routers.tick()
+    assert routers.is_over
 
 
 def test_a_router_that_stays_up_starts_over_with_its_patience(
