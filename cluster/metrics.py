@@ -15,6 +15,8 @@ from cluster.figures import Figures, Server
 from protos.errors import ConfigurationError
 from router.state.counters import Distribution
 
+REQUEST_TIMEOUT_S = 10.0
+"""How long a caller may take to say what it wants, and to take the answer."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BREAKERS = {"closed": 0, "half-open": 1, "open": 2}
 
@@ -106,6 +108,8 @@ class MetricsServer:
         self, host: str, port: int, read: Callable[[], str], setting: str = "router.metrics_port"
     ) -> None:
         class Handler(BaseHTTPRequestHandler):
+            timeout = REQUEST_TIMEOUT_S  # each caller has a thread of the router
+
             def do_GET(self) -> None:
                 """Answer with the text, whatever the query."""
                 if self.path.partition("?")[0] != "/metrics":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import socket
 import urllib.error
 import urllib.request
 from dataclasses import replace
 
 import pytest
 
+from cluster import metrics
 from cluster.figures import Figures, Server
 from cluster.metrics import MetricsServer, metrics_text
 from protos.errors import ConfigurationError
@@ -153,3 +155,13 @@ def test_the_port_answers_metrics_and_nothing_else() -> None:
     server.close()
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"{url}/metrics", timeout=10)
+
+
+def test_a_caller_that_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "REQUEST_TIMEOUT_S", 0.1)
+    server = MetricsServer("127.0.0.1", 0, lambda: "")
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as caller:
+            assert caller.recv(1) == b""
+    finally:
+        server.close()
