@@ -19,7 +19,7 @@ from cluster.batch.storage import Place
 from cluster.batch.worker import PartWorker, WorkerSettings
 from protos.tls import Access
 from tests.benchmarks.harness import process_tree
-from tests.integration.served import ROOT, clean_environment, is_running
+from tests.integration.served import ROOT, clean_environment, running_after
 
 CLIENT = "PartClient"
 """Part of the title of a client actor's process."""
@@ -143,8 +143,7 @@ class BatchRun:
         family = psutil.Process(self._process.pid).children(recursive=True)
         self._process.kill()
         self._process.communicate()
-        _, alive = psutil.wait_procs(family, timeout=30)
-        assert not [process for process in alive if is_running(process)]
+        assert running_after(family, timeout_s=30) == []
 
     def wait(self, timeout_s: float) -> tuple[int, dict[str, Any], str]:
         """Return exit code, result and stderr."""

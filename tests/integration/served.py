@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import psutil
+
+from tests.eventually import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = (sys.executable, "-m", "cluster.cli")
@@ -135,8 +139,7 @@ class Served:
 
     def survivors(self, timeout_s: float = 10.0) -> list[str]:
         """Return what still runs of the processes that the service had, after a moment."""
-        _, alive = psutil.wait_procs(self._family, timeout=timeout_s)
-        return [f"{process.pid} {process.status()}" for process in alive if is_running(process)]
+        return [str(process) for process in running_after(self._family, timeout_s)]
 
     def process_named(self, name: str) -> psutil.Process:
         """Return the process of an actor class."""
@@ -149,6 +152,17 @@ class Served:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.errors.append(line)
+
+
+def running_after(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Wait for the end of processes, and return those that still run.
+
+    Not `psutil.wait_procs`: that waits until somebody has reaped them, for which an orphan's new
+    parent takes its time.
+    """
+    with contextlib.suppress(AssertionError):
+        eventually(lambda: not any(is_running(process) for process in processes), timeout_s)
+    return [process for process in processes if is_running(process)]
 
 
 def is_running(process: psutil.Process) -> bool:
