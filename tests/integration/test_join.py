@@ -83,47 +83,55 @@ def test_a_service_joins_and_leaves_the_cluster_as_it_was(
     assert ray_head.process.is_running()
 
 
-def test_a_service_that_is_killed_leaves_the_cluster_too(
-    ray_head: RayHead, checkpoint: Path
-) -> None:
-    with Served(checkpoint, "--ray-address", ray_head.address, env=ray_head.settings) as service:
-        assert len(ray_head.actors()) == 2
-        service.signal(signal.SIGKILL)
-        service.wait()
-    assert eventually(lambda: not ray_head.actors(), 60)
-
-
 def test_too_few_cpus_say_what_is_missing(ray_head: RayHead, checkpoint: Path) -> None:
-    answer = run_cli(
-        *("serve", str(checkpoint), "--ray-address", ray_head.address, "--port", "0"),
-        *("--expert-groups", "4", "--start-timeout", "30"),
-        env=ray_head.settings,
-    )
+    for timeout in ("10", "60"):  # the first ends too early on a busy machine
+        answer = run_cli(
+            *("serve", str(checkpoint), "--ray-address", ray_head.address, "--port", "0"),
+            *("--expert-groups", "4", "--start-timeout", timeout),
+            env=ray_head.settings,
+        )
+        if "not enough nodes" in answer.stderr:
+            break
     assert answer.returncode == 3, answer.stderr
     assert "waiting for nodes: the Ray cluster lacks 1 CPU (need 4, have 3)" in answer.stderr
     assert "not enough nodes in the Ray cluster: need 4 CPU, have 3 CPU" in answer.stderr
     assert "lower --expert-groups" in answer.stderr
 
 
+@pytest.fixture(scope="module")
+def service(ray_head: RayHead, checkpoint: Path) -> Iterator[Served]:
+    """One group and one router, which leave a CPU free; the last test of this file ends it."""
+    with Served(checkpoint, "--ray-address", ray_head.address, env=ray_head.settings) as served:
+        yield served
+
+
 def test_a_number_that_no_node_can_hold_leaves_the_service_as_it_is(
-    ray_head: RayHead, checkpoint: Path
+    ray_head: RayHead, service: Served
 ) -> None:
-    with Served(checkpoint, "--ray-address", ray_head.address, env=ray_head.settings) as service:
-        answer = run_cli("scale", "--expert-groups", "4", "--url", service.address)
-        assert answer.returncode == 0, answer.stderr
+    answer = run_cli("scale", "--expert-groups", "4", "--url", service.address)
+    assert answer.returncode == 0, answer.stderr
 
-        def is_said() -> bool:
-            scaling = ask_status(service.address).scaling
-            return "the Ray cluster lacks 1 CPU (need 4, have 3)" in scaling.change
+    def is_said() -> bool:
+        scaling = ask_status(service.address).scaling
+        return "the Ray cluster lacks 1 CPU (need 4, have 3)" in scaling.change
 
-        assert eventually(is_said, 90)
-        status = ask_status(service.address)
-        assert not status.scaling.is_settled
-        assert [group.group_id for group in status.groups] == ["group-0"]
-        with Client(service.address) as client:
-            assert len(client.complete([1, 2, 3], max_tokens=4, ignore_eos=True).token_ids) == 4
-        wanted = ("scale", "--expert-groups", "1", "--wait", "--timeout", "80")
-        answer = run_cli(*wanted, "--url", service.address)
-        assert answer.returncode == 0, answer.stderr
-        assert "expert groups 1 of 1" in answer.stdout
-        assert eventually(lambda: len(ray_head.actors()) == 2, 20)
+    assert eventually(is_said, 90)
+    status = ask_status(service.address)
+    assert not status.scaling.is_settled
+    assert [group.group_id for group in status.groups] == ["group-0"]
+    with Client(service.address) as client:
+        assert len(client.complete([1, 2, 3], max_tokens=4, ignore_eos=True).token_ids) == 4
+    wanted = ("scale", "--expert-groups", "1", "--wait", "--timeout", "80")
+    answer = run_cli(*wanted, "--url", service.address)
+    assert answer.returncode == 0, answer.stderr
+    assert "expert groups 1 of 1" in answer.stdout
+    assert eventually(lambda: len(ray_head.actors()) == 2, 20)
+
+
+def test_a_service_that_is_killed_leaves_the_cluster_too(
+    ray_head: RayHead, service: Served
+) -> None:
+    assert len(ray_head.actors()) == 2
+    service.signal(signal.SIGKILL)
+    service.wait()
+    assert eventually(lambda: not ray_head.actors(), 60)
