@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,18 @@ def served(checkpoint: Path, batch_root: Path) -> Iterator[Served]:
         yield service
 
 
+@contextmanager
+def short_folder() -> Iterator[str]:
+    """Make a folder for temporary files with a short path: Ray makes sockets in it."""
+    folder = tempfile.mkdtemp(prefix="t", dir="/tmp")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
 @pytest.fixture
 def tmp() -> Iterator[str]:
-    """A folder for temporary files with a short path: Ray makes sockets in it."""
-    folder = tempfile.mkdtemp(prefix="t", dir="/tmp")
-    yield folder
-    shutil.rmtree(folder)
+    """A folder for the temporary files of one test."""
+    with short_folder() as folder:
+        yield folder

@@ -1,4 +1,7 @@
-"""How a service starts and ends: early failures, draining, and what it may leave behind."""
+"""How a service starts and ends: early failures, draining, and what it may leave behind.
+
+A test that asks another kind of service than the shared one stands before the test that ends it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shutil
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +19,21 @@ import pytest
 from cluster.config_loading import load_config
 from cluster.kv_budget import GIB
 from cluster.preflight import examine, quick_checks
+from cluster.status import ask_status
 from protos.client import Client, ClientConfig
-from protos.errors import DrainingError, ServiceUnavailableError, SetupError
+from protos.errors import (
+    DrainingError,
+    ServiceUnavailableError,
+    SetupError,
+    UnsupportedFeatureError,
+)
 from protos.events import Delta, Event, Finished, FinishReason
 from tests.eventually import eventually
+from tests.integration.conftest import short_folder
 from tests.integration.served import Served, run_cli
+from tests.integration.test_serving import greedy_tokens
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 LONG = 4000
 """Tokens of a stream that is still running when the signal comes."""
@@ -71,9 +83,25 @@ def test_sigterm_to_the_group_drains_and_leaves_nothing(checkpoint: Path, tmp: s
     assert os.listdir(tmp) == []
 
 
-def test_a_second_signal_ends_at_once(checkpoint: Path) -> None:
+@pytest.fixture(scope="module")
+def dense(dense_checkpoint: Path) -> Iterator[Served]:
+    """A service without groups and without text; the second of its two tests ends it."""
+    with Served(dense_checkpoint) as service:
+        yield service
+
+
+def test_a_dense_model_without_tokenizer_needs_no_groups(dense: Served) -> None:
+    assert dense.fields["groups"] == "0"
+    with Client(dense.address) as client:
+        assert len(client.complete([5, 6, 7], max_tokens=8, ignore_eos=True).token_ids) == 8
+        with pytest.raises(UnsupportedFeatureError, match="no t"):
+            client.complete("text needs a tokenizer", max_tokens=1)
+    assert any("no tokenizer.json" in line for line in dense.errors)
+
+
+def test_a_second_signal_ends_at_once(dense: Served) -> None:
     impatient = ClientConfig(max_attempts=1)
-    with Served(checkpoint) as service, Client(service.address, impatient) as client:
+    with Client(dense.address, impatient) as client:
         failure: list[BaseException] = []
         first = threading.Event()
 
@@ -90,21 +118,43 @@ def test_a_second_signal_ends_at_once(checkpoint: Path) -> None:
         thread = threading.Thread(target=run)
         thread.start()
         assert first.wait(60)
-        service.signal(signal.SIGTERM)
-        eventually(lambda: any("draining" in line for line in service.errors), 30)
-        service.signal(signal.SIGINT)
+        dense.signal(signal.SIGTERM)
+        eventually(lambda: any("draining" in line for line in dense.errors), 30)
+        dense.signal(signal.SIGINT)
         thread.join(30)
         assert failure, "the stream should have been cut"
-        assert service.wait() == 0
-        assert service.survivors() == []
+        assert dense.wait() == 0
+        assert dense.survivors() == []
 
 
-def test_sigkill_leaves_nothing(checkpoint: Path, tmp: str) -> None:
-    with Served(checkpoint, "--expert-groups", "2", tmp=tmp) as service:
-        service.signal(signal.SIGKILL)
-        assert service.wait() == -signal.SIGKILL
-        assert service.survivors() == []
-        assert eventually(lambda: os.listdir(tmp) == [], 10)
+@pytest.fixture(scope="module")
+def over_grpc(checkpoint: Path) -> Iterator[tuple[Served, str]]:
+    """A service of three groups over gRPC, and its temporary files; the second test ends it."""
+    with short_folder() as tmp:
+        flags = ("--expert-groups", "3", "--expert-transport", "grpc")
+        with Served(checkpoint, *flags, tmp=tmp) as service:
+            yield service, tmp
+
+
+def test_tokens_do_not_depend_on_groups_or_transport(
+    served: Served, over_grpc: tuple[Served, str]
+) -> None:
+    """Two unequal groups over lanes, and three over gRPC; `chaos/test_scaling.py` has others."""
+    other, _ = over_grpc
+    expected = greedy_tokens(served.address)
+    assert len(set(expected)) > 10, "a degenerate answer proves little"
+    assert {group.transport for group in ask_status(served.address).groups} == {"lane-unix"}
+    assert greedy_tokens(other.address) == expected
+    assert {group.transport for group in ask_status(other.address).groups} == {"grpc"}
+
+
+def test_sigkill_leaves_nothing(over_grpc: tuple[Served, str]) -> None:
+    service, tmp = over_grpc
+    assert os.listdir(tmp), "what is to go must be there before"
+    service.signal(signal.SIGKILL)
+    assert service.wait() == -signal.SIGKILL
+    assert service.survivors() == []
+    assert eventually(lambda: os.listdir(tmp) == [], 10)
 
 
 def test_a_sigterm_during_the_start_leaves_nothing(checkpoint: Path, tmp: str) -> None:

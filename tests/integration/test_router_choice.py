@@ -27,9 +27,10 @@ from tests.eventually import eventually
 from tests.integration.served import Served
 from tests.integration.test_sessions import create, tokens_of, turn
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 SLOW = ("--trunk-ops", "torch", "--expert-compute", "torch", "--router-threads", "1")
+LANE = ("--expert-transport", "lane")
 PROMPT = random.Random(3).choices(range(500), k=3600)
 NEXT = [7, 8, 9]
 
@@ -44,7 +45,7 @@ def redis() -> Iterator[Endpoint]:
 @pytest.fixture(scope="module")
 def service(checkpoint: Path, redis: Endpoint) -> Iterator[Served]:
     url = f"redis://:{redis.password}@{redis.host}:{redis.port}"
-    with Served(checkpoint, "--routers", "2", "--redis-url", url, *SLOW) as started:
+    with Served(checkpoint, "--routers", "2", "--redis-url", url, *SLOW, *LANE) as started:
         yield started
 
 
@@ -84,7 +85,9 @@ def cached(messages: list[generation_pb2.GenerateResponse]) -> int:
 def test_a_turn_finds_the_warm_router_and_survives_its_death(
     service: Served, redis: Endpoint
 ) -> None:
-    warm, cold = ask_status(service.address).routers
+    status = ask_status(service.address)
+    assert [group.transport for group in status.groups] == ["lane-unix"]
+    warm, cold = status.routers
     turns = (PROMPT, NEXT, NEXT)
     create(warm.grpc_address, "reference")
     expected = [tokens_of(turn(warm.grpc_address, "reference", ids)) for ids in turns]

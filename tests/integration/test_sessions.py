@@ -11,7 +11,7 @@ from cluster.status import ask_status
 from protos.v1 import generation_pb2, generation_pb2_grpc, session_pb2, session_pb2_grpc
 from tests.integration.served import Served, run_cli
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 NUM_NEW = 6
 TURNS = ([5, 6, 7], [50, 60], [500, 400, 300, 200])

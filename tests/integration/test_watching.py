@@ -14,7 +14,7 @@ from tests.eventually import eventually
 from tests.integration.served import Served, run_cli
 from tests.integration.test_serving import greedy_tokens
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_top_shows_what_routers_and_groups_do(served: Served) -> None:
