@@ -101,11 +101,33 @@ def test_a_group_that_is_killed_is_not_missed(service: Served, traffic: Traffic)
     assert any("group-1 died" in line for line in service.errors)
 
 
+def test_the_only_router_is_killed_and_streams_wait_for_it(
+    service: Served, traffic: Traffic
+) -> None:
+    """Every client is in a stream or about to ask, and there is nobody else to go to."""
+    [doomed] = ask_status(service.address).routers
+    os.kill(doomed.pid, signal.SIGKILL)
+
+    def is_back() -> bool:
+        try:
+            [now] = ask_status(service.address).routers
+        except ExpertMeshError:
+            return False
+        return now.state == "READY" and now.pid != doomed.pid
+
+    eventually(is_back, CHANGE_S, 0.2)
+    goes_on(traffic)
+    assert any("router-0 died" in line for line in service.errors)
+
+
 def test_routers_come_and_go(service: Served, traffic: Traffic) -> None:
     scale(service, "--routers", "2")
-    status = ask_status(service.address)
-    assert [router.state for router in status.routers] == ["READY", "READY"]
-    second = status.routers[1].grpc_address
+
+    def ready() -> list[str]:
+        routers = ask_status(service.address).routers
+        return [router.grpc_address for router in routers if router.state == "READY"]
+
+    _, second = eventually(lambda: found if len(found := ready()) == 2 else None, 30)
     with Traffic([second, service.address]) as both:
         goes_on(both)
         scale(service, "--routers", "1")

@@ -12,7 +12,8 @@ from protos.events import Completion, Delta
 
 PROMPTS = ([5, 6, 7], [50, 60, 70, 80], [9] * 40)
 NUM_TOKENS = 120
-CONFIG = ClientConfig(timeout_s=180.0, resume_timeout_s=120.0, max_attempts=20)
+CONFIG = ClientConfig(timeout_s=180.0, resume_timeout_s=150.0, max_attempts=1000)
+"""Waits for a router that starts again on a busy machine."""
 
 
 def generate(client: Client, prompt: list[int], pauses: list[float] | None = None) -> list[int]:
