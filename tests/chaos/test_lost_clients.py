@@ -33,7 +33,7 @@ from tests.unit.router.gateway_service import PROMPT, GatewayService, running
 from tests.unit.router.hash_script import BrakedScript
 from tests.unit.router.session_service import ask, create, router
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 NUM_CANCELS = 80
 NUM_KILLED, STREAMS_EACH = 4, 5

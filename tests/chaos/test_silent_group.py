@@ -16,7 +16,7 @@ from tests.eventually import eventually
 from tests.integration.served import STOP_TIMEOUT_S, Served
 from tests.parity.checkpoints import make_checkpoint
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_a_stop_does_not_wait_for_a_silent_group(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from tests.store_servers import StoreServer, running_store
 
 pytestmark = pytest.mark.timeout(500)
 
-NUM_ROWS = 60
+NUM_ROWS = 40
 PART_ROWS = 2
-POISON = (7, 31, 44)
+POISON = (7, 19, 31)
 TEAM_KEY = "key-of-the-tenant"
 DRIVER = "cluster.batch.driver"
 COMPLETED = batch_pb2.BATCH_STATE_COMPLETED

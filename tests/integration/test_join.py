@@ -20,7 +20,7 @@ from protos.client import Client
 from tests.eventually import eventually
 from tests.integration.served import ROOT, Served, clean_environment, is_running, run_cli
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 CPUS = 3
 
