@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from router.engine.tier import TtlClass
-from router.state.bulk import BulkError
+from router.state.bulk_connection import BulkError
 from router.state.codec import HEADER_BYTES, block_label
 from router.state.kv_store import KvStore, block_ttl_s
 

@@ -22,11 +22,10 @@ from router.engine.chain import CACHE_BLOCK
 from router.engine.tier import TtlClass
 from router.state import redis_keys
 from router.state.breaker import BreakerSettings, CircuitBreaker
-from router.state.bulk import (
+from router.state.bulk import EXISTS_BATCH, Bulk
+from router.state.bulk_connection import (
     CONNECT_S,
-    EXISTS_BATCH,
     IO_S,
-    Bulk,
     BulkCancelledError,
     BulkError,
     BulkLateError,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from router.engine.chain import CACHE_BLOCK
 from router.engine.tier import LoadJob, LoadResult, TtlClass
-from router.state.bulk import BulkCancelledError, BulkError, BulkLateError
+from router.state.bulk_connection import BulkCancelledError, BulkError, BulkLateError
 from router.state.codec import HEADER_BYTES, Fault, SnapshotStream
 from router.state.cost import CostModel
 from router.state.counters import Counters

@@ -18,7 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from router.state.bulk import BulkError
+from router.state.bulk_connection import BulkError
 from router.state.codec import HEADER_BYTES, Bytes, Label, SnapshotStream, block_label
 from router.state.counters import Counters
 from router.state.kv_store import KvStore, Link

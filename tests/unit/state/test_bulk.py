@@ -10,13 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from router.state.bulk import (
-    EXISTS_BATCH,
-    Bulk,
-    BulkCancelledError,
-    BulkError,
-    BulkLateError,
-)
+from router.state.bulk import EXISTS_BATCH, Bulk
+from router.state.bulk_connection import BulkCancelledError, BulkError, BulkLateError
 from router.state.endpoint import Endpoint
 from tests.certificates import Authority
 from tests.ports import free_port
