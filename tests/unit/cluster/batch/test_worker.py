@@ -25,7 +25,7 @@ from cluster.batch.worker import PartWorker, WorkerSettings
 from protos import errors
 from protos.tls import Access
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
-from router.gateway.server import Service
+from router.gateway.server import GrpcService
 from tests.eventually import eventually
 from tests.tcp_proxy import proxied
 from tests.unit.router.gateway_service import GatewayService, ScriptModel, running
@@ -295,7 +295,7 @@ def test_routers_that_come_are_asked_too(tmp_path: Path) -> None:
             return served
 
     name = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
-    extra = Service(name, Cluster(), cluster_pb2_grpc.add_ClusterServiceServicer_to_server)
+    extra = GrpcService(name, Cluster(), cluster_pb2_grpc.add_ClusterServiceServicer_to_server)
     plan = plan_of(tmp_path, [line(f"r{i}") for i in range(8)])
     with (
         running(HashScript(), services=(extra,)) as first,
