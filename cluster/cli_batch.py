@@ -145,7 +145,7 @@ def batch_resume(
     with errors_exit():
         _, job = open_folder(output_uri)
         access = access_of(tls_ca, tls_cert, tls_key, api_key)
-        options = BatchOptions.of(job["options"], access, url)
+        options = BatchOptions.of(job["options"], access, url, output_uri)
     _run(options, as_json=as_json)
 
 

@@ -132,6 +132,7 @@ def run_batch(
         BatchChangedError: The output was begun with something else.
         ExpertMeshError: The service is gone, or the input or output cannot be used.
     """
+    options = options.located()
     with Client(options.url, PATIENCE, **_access(options.access)) as client:
         prepared = prepare(options, client)
         ledger = Ledger(Place.of(options.output_uri, "output"), prepared.output_format)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.batch.rows import RowDefaults
 from cluster.batch.source import Format
+from cluster.batch.storage import absolute_uri
 from cluster.ray_data import Pool
 from protos.errors import ConfigurationError
 from protos.tls import Access
@@ -76,6 +77,11 @@ class BatchOptions:
             if not holds:
                 raise ConfigurationError(f"batch.{name}", rule, value)
 
+    def located(self) -> BatchOptions:
+        """Return the same with paths that mean the same wherever a client, or a resume, runs."""
+        places = absolute_uri(self.input_uri), absolute_uri(self.output_uri)
+        return replace(self, input_uri=places[0], output_uri=places[1])
+
     def document(self) -> dict[str, Any]:
         """Return the values as JSON, for `batch resume`; without what gives access."""
         own = {name: getattr(self, name) for name in _PLAIN}
@@ -84,11 +90,25 @@ class BatchOptions:
         return {**own, "pool": asdict(self.pool), "defaults": asdict(self.defaults)}
 
     @classmethod
-    def of(cls, document: Mapping[str, Any], access: Access, url: str | None) -> BatchOptions:
-        """Return what `document` described, with a new way to reach the service."""
+    def of(
+        cls,
+        document: Mapping[str, Any],
+        access: Access,
+        url: str | None,
+        output_uri: str | None = None,
+    ) -> BatchOptions:
+        """Return what `document` described.
+
+        Args:
+            document: Of `document`.
+            access: How the service is reached.
+            url: Of a router now; None: as it was.
+            output_uri: Where the output is now; None: where it was.
+        """
         values = dict(document)
         pool, defaults = Pool(**values.pop("pool")), RowDefaults(**values.pop("defaults"))
         values["url"] = url or values["url"]
+        values["output_uri"] = output_uri or values["output_uri"]
         return cls(**values, pool=pool, defaults=defaults, access=access)
 
 

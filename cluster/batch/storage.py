@@ -156,6 +156,11 @@ class Place:
                 self.filesystem.delete_file(found.path)
 
 
+def absolute_uri(uri: str) -> str:
+    """Return a path as it is from here, for processes that run elsewhere; a URI as it is."""
+    return uri if "://" in uri else os.path.abspath(uri)
+
+
 def _written_beside(path: str, content: bytes) -> str:
     """Write a temporary file in the folder of `path`, down to the disk, and return its path."""
     folder, name = posixpath.split(path)

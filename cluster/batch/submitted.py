@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from datetime import UTC
@@ -12,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.batch.console import print_pairs
 from cluster.batch.progress import ProgressReport
+from cluster.batch.storage import absolute_uri
 from cluster.console import EXIT_OK, EXIT_PARTIAL, err_console, exit_code, out_console, print_json
 from cluster.console import table as new_table
 from protos.batch_calls import BatchOptions
@@ -28,7 +28,7 @@ def connect(url: str, access: Access) -> Client:
 
 def submit(client: Client, input_uri: str, output_uri: str, options: BatchOptions) -> str:
     """Submit a batch and return its name; a relative path is taken from here."""
-    return client.create_batch(_absolute(input_uri), _absolute(output_uri), **options).name
+    return client.create_batch(absolute_uri(input_uri), absolute_uri(output_uri), **options).name
 
 
 def watch(client: Client, name: str) -> batch_pb2.Batch:
@@ -116,10 +116,6 @@ class _Seen:
             "eta_s": eta_s,
             "elapsed_s": round(now_s - batch.create_time.ToMilliseconds() / 1000, 1),
         }
-
-
-def _absolute(uri: str) -> str:
-    return uri if "://" in uri else os.path.abspath(uri)
 
 
 def _state(batch: batch_pb2.Batch) -> str:

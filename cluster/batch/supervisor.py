@@ -182,6 +182,7 @@ class BatchSupervisor:
                 continue
             lease = await store.acquire(record, self.site.holder)
             if lease is not None:
+                record = await store.get(*key)  # as the holder before left it
                 drive = BatchDrive(store, record, lease, self.site.job)
                 self._tally.take(key, drive.progress, drive.starts)
                 self._driven[key] = _Driven(drive, asyncio.create_task(drive.run()))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.batch import storage
 from cluster.batch.identity import Identity, identity_of
 from cluster.batch.ledger import DONE, JOB, Ledger
 from cluster.batch.outcomes import Counts, Outcome, refused
@@ -103,6 +106,69 @@ def test_of_two_that_begin_at_once_one_does(tmp_path: Path) -> None:
     assert job is not None
     assert job["input"] == begun.index(True)
     assert [path.name for path in (tmp_path / "_batch").iterdir()] == ["job.json"]
+
+
+class Killed(BaseException):
+    """What a SIGKILL looks like from within: nothing behind it is done any more."""
+
+
+class Disk:
+    """Dies at the `dies_at`-th change of a file system, before or after it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, dies_at: int) -> None:
+        self.changes = 0
+        self._dies_at = dies_at
+        for name in ("fsync", "replace", "link", "unlink"):
+            monkeypatch.setattr(storage.os, name, self._dying(getattr(os, name)))
+
+    def _dying(self, change: Callable[..., None]) -> Callable[..., None]:
+        def changed(*arguments: Any) -> None:
+            self.changes += 1
+            if 2 * self.changes - 1 >= self._dies_at:
+                raise Killed
+            change(*arguments)
+            if 2 * self.changes >= self._dies_at:
+                raise Killed
+
+        return changed
+
+
+def run_parts(path: Path) -> dict[str, Any]:
+    """Do what a run does with its output, for three parts of two rows."""
+    own = ledger(path)
+    job = own.begun_with()
+    if job is None:
+        own.begin(job := JOB_DOCUMENT)
+    done = own.done()
+    for number in range(3):
+        if number not in done and own.committed(number) is None:
+            own.try_part(number)
+            rows = [replace(GOOD, number=2 * number), replace(BAD, number=2 * number + 1)]
+            done[number] = own.commit(number, rows)
+    return own.manifest() or own.finish(job, [done[number] for number in sorted(done)])
+
+
+def test_every_row_is_there_once_wherever_a_run_was_killed(tmp_path: Path) -> None:
+    expected = run_parts(tmp_path / "undisturbed")
+    num_kills = 0
+    while True:
+        path = tmp_path / str(num_kills)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            Disk(monkeypatch, dies_at=num_kills + 1)
+            try:
+                run_parts(path)
+                break
+            except Killed:
+                num_kills += 1
+        found = run_parts(path)
+        files = [file.read_text(encoding="utf-8") for file in sorted(path.glob("part-*"))]
+        rows = [json.loads(line)["row"] for text in files for line in text.split("\n") if line]
+        assert rows == list(range(6)), num_kills
+        assert found["parts_repeated"] <= 1
+        for name in ("finished_unix_s", "parts_repeated"):
+            found[name] = expected[name]
+        assert found == expected, num_kills
+    assert num_kills > 2 * 2 * (1 + 3 * 3 + 1), "each file: before and after sync and rename"
 
 
 def test_a_table_has_columns_for_readers_who_want_the_text(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,21 @@ def test_options_survive_in_the_output_without_what_gives_access() -> None:
     again = BatchOptions.of(json.loads(text), Access(), "y")
     assert (again.limit, again.defaults, again.pool) == (5, begun.defaults, begun.pool)
     assert again.url == "y"
+    moved = BatchOptions.of(json.loads(text), Access(), None, "file:///moved")
+    assert (moved.url, moved.output_uri) == ("x", "file:///moved")
+
+
+def test_paths_mean_the_same_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = options(input_uri="rows.jsonl", output_uri="../out").located()
+    assert (here.input_uri, here.output_uri) == (
+        str(tmp_path / "rows.jsonl"),
+        str(tmp_path.parent / "out"),
+    )
+    there = options(input_uri="s3://b/rows", output_uri="file:///out")
+    assert there.located() == there
 
 
 @pytest.mark.parametrize(
