@@ -22,7 +22,7 @@ from router.state.directory import engines
 from router.state.embedded import EmbeddedServer, Role
 from router.state.endpoint import Endpoint
 from router.state.redis_keys import ENGINES
-from router.state.session_records import Engine
+from router.state.session_records import EngineRecord
 from tests.eventually import eventually
 from tests.integration.served import Served
 from tests.integration.test_sessions import create, tokens_of, turn
@@ -49,10 +49,10 @@ def service(checkpoint: Path, redis: Endpoint) -> Iterator[Served]:
         yield started
 
 
-def heartbeats(redis: Endpoint) -> list[tuple[Engine, float]]:
+def heartbeats(redis: Endpoint) -> list[tuple[EngineRecord, float]]:
     """Every router, and when it last said so."""
 
-    async def ask() -> list[tuple[Engine, float]]:
+    async def ask() -> list[tuple[EngineRecord, float]]:
         client = ControlClient(redis)
         try:
             found = await engines(client)
