@@ -156,6 +156,8 @@ class Routers:
     start_timeout_s: float
     clock: Callable[[], float] = time.monotonic
     all: dict[str, Router] = field(default_factory=dict)
+    trouble: str = ""
+    """Why the last router that was to serve does not; empty after one did."""
 
     @property
     def up(self) -> list[Router]:
@@ -233,7 +235,8 @@ class Routers:
                 continue
             elif router.phase is RouterPhase.PREPARE:
                 waited = f"{self.start_timeout_s:g} s"
-                self.progress(f"{router.router_id} has no node after {waited}; it goes on waiting")
+                self.trouble = f"{router.router_id} has no node after {waited}; it goes on waiting"
+                self.progress(self.trouble)
                 self._wait(router)
             elif router.phase in (RouterPhase.DRAIN, RouterPhase.STOP):
                 self._leave(router)
@@ -292,6 +295,7 @@ class Routers:
             assert router.ready is not None  # START came before
             is_new, router.was_up = not router.was_up, True
             self._enter_up(router)
+            self.trouble = ""
             back = "serves" if is_new else "is back"
             self.progress(f"{router.router_id} {back} at {router.ready.address}")
             self.recipe.routers_changed()
@@ -312,6 +316,8 @@ class Routers:
 
     def _leave(self, router: Router) -> None:
         router.phase = RouterPhase.LEFT
+        if self.trouble.startswith(f"{router.router_id} "):
+            self.trouble = ""
         self._end_process(router)
         self.recipe.router_left(router)
         self.progress(f"{router.router_id} was drained and left")
@@ -329,13 +335,15 @@ class Routers:
         if was_up:
             self.recipe.router_died(router)
         log.warning("router_died router=%s phase=%s", router.router_id, router.phase.name)
-        what = "died" if was_up else "did not come back"
+        what = "died" if was_up else "did not come back" if router.was_up else "did not start"
         delay_s = router.restarts.died(self.clock())
         if delay_s is None:
             router.phase, router.retry_at = RouterPhase.GIVEN_UP, self.clock() + GIVEN_UP_S
         else:
             router.phase, router.retry_at = RouterPhase.WAITING, self.clock() + delay_s
-        self.progress(f"{router.router_id} {what} ({error.message}); {next_step(delay_s)}")
+        said = f"{router.router_id} {what} ({error.message}); {next_step(delay_s)}"
+        self.trouble = self.trouble if was_up else said
+        self.progress(said)
 
     def _end_process(self, router: Router) -> None:
         router.pending, router.deadline = None, float("inf")

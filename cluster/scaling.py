@@ -130,7 +130,8 @@ class Scaling:
             routers=routers or self.target.routers,
             leaving=self.target.leaving if expert_groups is None else frozenset(),
         )
-        self._retry_at, self._trouble, self.groups.trouble = 0.0, "", ""
+        self._retry_at, self._trouble = 0.0, ""
+        self.groups.trouble = self.routers.trouble = ""
 
     def wake(self) -> None:
         """Want the groups back that a service which sleeps had: they held all experts."""
@@ -168,7 +169,7 @@ class Scaling:
             target_groups=self.target.groups if self.placement else 0,
             target_routers=self.target.routers,
             change=self._change(),
-            trouble=self._trouble or self.groups.trouble,
+            trouble=self._trouble or self.groups.trouble or self.routers.trouble,
             is_settled=is_settled,
             is_asleep=is_settled and self.placement is not None and self.target.groups == 0,
         )

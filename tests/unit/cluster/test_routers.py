@@ -196,6 +196,23 @@ def test_the_first_restart_is_at_once_and_then_the_waits_double(
     assert world.num_spawned == MAX_QUICK_DEATHS - 1
 
 
+def test_why_a_router_does_not_serve_is_kept_until_one_does(world: World, routers: Routers) -> None:
+    routers.add()
+    routers.tick()
+    routers.finished("router-2")
+    routers.finished("router-2")
+    world.errors["start"] = ConfigurationError("port", "must be free", 50053)
+    routers.finished("router-2")
+    assert routers.trouble.startswith("router-2 did not start (")
+    assert "must be free" in routers.trouble
+    run_to_up(routers, "router-2")
+    assert routers.trouble == ""
+    give_up(world, routers, "router-2")
+    routers.trouble = "router-2 does not"
+    routers.drain("router-2", 1.0)
+    assert routers.trouble == "", "nobody wants it any more"
+
+
 def give_up(world: World, routers: Routers, router_id: str) -> None:
     while router_id not in routers.given_up:
         die(world, routers, router_id)
