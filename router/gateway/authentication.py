@@ -23,7 +23,7 @@ from protos.tls import API_KEY_HEADER, API_KEY_PREFIX
 
 OPEN_SERVICE = "/grpc.health.v1.Health/"
 OPERATORS_SERVICE = "/expertmesh.v1.ClusterService/"
-LOOKS = frozenset({"GetStatus", "WatchStatus", "PlanPlacement"})
+LOOKS = frozenset({"GetStatus", "WatchStatus", "PlanPlacement", "ExplainAutoscale"})
 """Its methods that change nothing; clients find the other routers by the first."""
 UNNAMED = ""
 
