@@ -10,7 +10,8 @@ one finished. When a process starts again, and when it is given up: `cluster.res
 
 A group that does not come up within `start_timeout_s`, for the first time or again, is ended and
 forgotten, and its place given back; `trouble` says why. Most likely its node does not come: that is
-no fault of the group, and the others serve.
+no fault of the group, and the others serve. So is one that dies too often while others serve: its
+node may be broken. The controller asks for another place.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Protocol
 
 from cluster.controller import GroupPhase, GroupView
 from cluster.members import GroupMember, ProcessFacts
-from cluster.restarts import FIRST_BACKOFF_S, Restarts, next_step
+from cluster.restarts import FIRST_BACKOFF_S, MAX_QUICK_DEATHS, Restarts, next_step
 from cluster.routers import Calls
 from protos.errors import DeadlineExceededError, ExpertMeshError, GroupLostError
 
@@ -235,24 +236,32 @@ class Groups:
         if not group.was_up:
             self._not_started(group, error)
             return
-        was_running = group.phase is ProcessPhase.UP
+        what = "died" if group.phase is ProcessPhase.UP else "did not come back"
+        log.warning("group_died group=%s phase=%s", group.group_id, group.phase.name)
+        delay_s = group.restarts.died(self.clock())
+        if delay_s is None and self._others_serve(group):
+            self._not_started(group, error, f"{what}, {MAX_QUICK_DEATHS} times in a row")
+            return
         self._end_process(group)
         self.recipe.group_died(group.group_id)
-        log.warning("group_died group=%s phase=%s", group.group_id, group.phase.name)
-        what = "died" if was_running else "did not come back"
-        delay_s = group.restarts.died(self.clock())
         if delay_s is None:
             group.phase = ProcessPhase.GIVEN_UP
         else:
             group.phase, group.retry_at = ProcessPhase.WAITING, self.clock() + delay_s
         self.progress(f"{group.group_id} {what} ({error.message}); {next_step(delay_s)}")
 
-    def _not_started(self, group: Group, error: ExpertMeshError) -> None:
-        """Forget a group whose process never ran in its place, or does not come back there."""
+    def _others_serve(self, group: Group) -> bool:
+        others = (other for other in self.all.values() if other is not group)
+        return any(other.phase is ProcessPhase.UP and other.holds for other in others)
+
+    def _not_started(
+        self, group: Group, error: ExpertMeshError, what: str = "did not start"
+    ) -> None:
+        """Forget a group that does not come up, or does not stay up, in its place."""
         group.was_up = False
         self._end_process(group)
         self.recipe.group_died(group.group_id)
-        self.trouble = f"{group.group_id} did not start: {error.message}"
+        self.trouble = f"{group.group_id} {what}: {error.message}"
         self.progress(self.trouble)
         self._forget(group)
 

@@ -81,7 +81,7 @@ def test_the_first_requests_bring_them_back_and_wait_within_their_deadlines(
         eventually(lambda: fake_nodes.num_nodes() == 1, CHANGE_S, 0.2)
         before = traffic.num_done
         eventually(lambda: traffic.num_done >= before + 3 or traffic.failures, CHANGE_S)
-    assert traffic.failures == []
-    assert traffic.is_whole()
     said = "\n".join(line for _, line in fake_nodes.lines)
+    assert traffic.failures == [], said
+    assert traffic.is_whole()
     assert "autoscale wants 0 expert groups instead of 2: idle for" in said

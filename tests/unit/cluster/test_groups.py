@@ -132,6 +132,24 @@ def test_a_group_that_dies_too_often_is_given_up(world: World, groups: Groups) -
     assert world.num_spawned == MAX_QUICK_DEATHS
 
 
+def test_a_group_that_dies_too_often_loses_its_place_while_another_serves(
+    world: World, groups: Groups
+) -> None:
+    """Its node may be broken; for that a service that answers must not end."""
+    groups.start("group-1", 1.0)
+    groups.finished("group-1")
+    for deaths in range(1, MAX_QUICK_DEATHS):
+        die(world, groups, "group-1")
+        world.now += backoff_s(deaths)
+        groups.tick()
+        groups.finished("group-1")
+    assert world.released == []
+    die(world, groups, "group-1")
+    assert (list(groups.all), groups.given_up, world.released) == (["group-0"], [], [2])
+    assert world.died.count("group-1") == MAX_QUICK_DEATHS
+    assert groups.trouble.startswith("group-1 died, 5 times in a row: ")
+
+
 def test_a_group_that_never_started_is_forgotten_and_says_why(world: World, groups: Groups) -> None:
     groups.start("group-1", 1.0)
     world.error = CheckpointError("/c", "no such folder")
