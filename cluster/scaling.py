@@ -2,12 +2,8 @@
 
 Keeps what the controller observes (placement in force, plan, what every group holds and every
 router follows), starts what its actions ask for, and takes the results. Nothing here blocks: the
-owner waits for `references` and says which one finished.
-
-Wishes come from any router (`ClusterService.Scale`, `ApplyPlacement`, `Drain` of a group): each has
-a call `next_wish` open at all times, which returns when someone asks it for something. So the
-process of `serve` needs no port and no password of its own, a wish takes the way that Ray has
-authenticated already, and a router that dies takes nothing with it but its own open call.
+owner waits for `references` and says which one finished. Wishes come from the routers
+(`cluster.wishes`).
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster import controller
-from cluster.controller import GroupPhase, Observed, RouterView, Target
+from cluster.controller import Observed, RouterView, Target
 from cluster.groups import Group, Groups
 from cluster.members import (
     GroupMember,
@@ -34,6 +30,8 @@ from cluster.members import (
     Wish,
 )
 from cluster.routers import Calls, Router, RouterPhase, Routers
+from cluster.under_way import under_way
+from cluster.wishes import Wishes
 from experts.placement import Placement
 from protos.errors import (
     DeadlineExceededError,
@@ -101,13 +99,15 @@ class Scaling:
     _retry_at: float = 0.0
     _failed: frozenset[str] = frozenset()
     _trouble: str = ""
-    _wishes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """router_id -> (actor, reference) of its open `next_wish`."""
+    _wishes: Wishes = field(init=False)
     _version: int = 0
     _begun: dict[str, tuple[Any, float]] = field(default_factory=dict)
     """Member -> (reference, since when) of work that was under way at the last look."""
     _told: tuple[ServiceView, tuple[Any, ...]] | None = None
     """What the routers were last told, and which processes."""
+
+    def __post_init__(self) -> None:
+        self._wishes = Wishes(self.calls)
 
     # What others may ask for, all at once answered.
 
@@ -168,7 +168,13 @@ class Scaling:
             routers=self.routers.addresses(),
             target_groups=self.target.groups if self.placement else 0,
             target_routers=self.target.routers,
-            change=self._change(),
+            change=under_way(
+                self.target,
+                self.groups.all,
+                self.routers.all.values(),
+                self.plan,
+                self.site.missing_nodes,
+            ),
             trouble=self._trouble or self.groups.trouble or self.routers.trouble,
             is_settled=is_settled,
             is_asleep=is_settled and self.placement is not None and self.target.groups == 0,
@@ -187,28 +193,19 @@ class Scaling:
 
     def references(self) -> dict[str, Any]:
         """Return name -> what to wait for: work of groups and routers, and wishes."""
-        for router in self.routers.all.values():
-            actor, _ = self._wishes.get(router.router_id, (None, None))
-            if router.phase is RouterPhase.UP and actor is not router.actor:
-                self._wishes[router.router_id] = router.actor, router.actor.call("next_wish")
+        work = {name: group.work for name, group in self.groups.all.items()}
+        work |= {name: router.work for name, router in self.routers.all.items()}
         found = {
-            f"{g.group_id}/work": g.work for g in self.groups.all.values() if g.work is not None
+            f"{name}/work": reference for name, reference in work.items() if reference is not None
         }
-        for router in self.routers.all.values():
-            if router.work is not None:
-                found[f"{router.router_id}/work"] = router.work
-        wishes = {
-            f"{name}/wish": reference
-            for name, (_, reference) in self._wishes.items()
-            if reference is not None
-        }
-        return found | wishes
+        wishes = self._wishes.references(self.routers.up)
+        return found | {f"{name}/wish": reference for name, reference in wishes.items()}
 
     def finished(self, key: str) -> None:
         """Take the result of one of `references`, which has finished or failed."""
         name, _, kind = key.partition("/")
         if kind == "wish":
-            self._take_wish(name)
+            self._grant(self._wishes.take(name))
         elif name in self.groups.all:
             self._group_worked(self.groups.all[name])
         elif name in self.routers.all:
@@ -401,15 +398,7 @@ class Scaling:
             case _:
                 router.is_asleep = method == "sleep"
 
-    def _take_wish(self, router_id: str) -> None:
-        actor, reference = self._wishes.pop(router_id)
-        try:
-            wish: Wish | None = self.calls.result(router_id, reference, RouterLostError)
-        except ExpertMeshError:
-            # The router died, and `wait` may say so a little later. Its next process gets a call of
-            # its own; one more to this one would fail at once, and so on without end.
-            self._wishes[router_id] = actor, None
-            return
+    def _grant(self, wish: Wish | None) -> None:
         match wish:
             case ScaleWish(expert_groups, routers):
                 self.scale(expert_groups, routers)
@@ -420,40 +409,6 @@ class Scaling:
             case WakeWish():
                 self.progress("a request waits: the expert groups come back")
                 self.wake()
-
-    def _change(self) -> str:
-        """Return in words what is under way; empty when nothing is."""
-        starting = [
-            g.group_id for g in self.groups.all.values() if g.view().phase is GroupPhase.STARTING
-        ]
-        words = []
-        if starting:
-            lacking = self.site.missing_nodes()
-            waits = f" (the Ray cluster lacks {lacking})" if lacking else ""
-            words.append(f"starting {', '.join(starting)}{waits}")
-        if self.target.groups == 0 and self.groups.all:
-            words.append(f"nobody asks for anything: {', '.join(self.groups.all)} leave")
-        if self.plan is not None:
-            epoch = self.plan.epoch
-            behind = [g for g in self.plan.groups if self.groups.all[g].holds < epoch]
-            serving = [
-                r
-                for r in self.routers.all.values()
-                if r.phase in (RouterPhase.UP, RouterPhase.DRAIN)
-            ]
-            if behind:
-                doing = f"{', '.join(behind)} load experts"
-            elif any(r.connected < epoch for r in serving):
-                doing = "routers connect"
-            else:
-                doing = "routers switch"
-            words.append(f"placement epoch {epoch}: {doing}")
-        for router in self.routers.all.values():
-            if router.phase is RouterPhase.DRAIN:
-                words.append(f"draining {router.router_id}")
-            elif router.phase not in (RouterPhase.UP, RouterPhase.LEFT, RouterPhase.GIVEN_UP):
-                words.append(f"{router.router_id} starts or stops")
-        return "; ".join(words)
 
     def _tell(self) -> None:
         """Tell the routers that serve how the service is, when that has changed."""
