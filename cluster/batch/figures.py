@@ -40,8 +40,8 @@ class BatchFigures:
 
     @property
     def work(self) -> BatchWork | None:
-        """What the autoscaler is told; None: there is no batch."""
-        if self.tokens_left is None:
+        """What the autoscaler is told; None: there is no batch, or others drive all there are."""
+        if self.tokens_left is None or not self.running:
             return None
         tokens = self.prompt_tokens + self.completion_tokens
         return BatchWork(tokens_left=self.tokens_left, tokens_done=tokens)

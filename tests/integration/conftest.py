@@ -37,7 +37,7 @@ def served(checkpoint: Path, batch_root: Path) -> Iterator[Served]:
     """The checkpoint on two unequal groups and two routers."""
     flags = ("--expert-groups", "big:3,small:1", "--routers", "2", "--served-model-name", "tiny")
     flags += ("--autoscale", "advise", "--max-expert-groups", "4")
-    flags += ("--batch-root", str(batch_root))
+    flags += ("--batch-root", str(batch_root), "--batch-metrics-port", "0")
     with Served(checkpoint, *flags) as service:
         yield service
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,6 +142,24 @@ def test_the_command_line_submits_shows_and_cancels(served: Served, batch_root: 
     assert (cut["state"], cut["total"]) == ("cancelled", 200)
     listed = json.loads(run_cli("batch", "list", *url, "--json").stdout)
     assert [batch["name"] for batch in listed[:2]] == [name, shown["name"]]
+
+    # Both batches, as Prometheus sees them.
+    sums = eventually(lambda: ended_sums(served), timeout_s=60)
+    assert sums["batch_rows_total", "completed"] == 11 + last.rows_done
+    assert sums["batch_rows_total", "failed"] == 1
+    assert sums["batches_ended_total", "completed"] == 1
+    assert sums["batches_ended_total", "cancelled"] == 1
+
+
+def ended_sums(service: Served) -> dict[tuple[str, str], float] | None:
+    """Return the metrics of batches by name and state; None: one still runs."""
+    said = "".join(service.errors)
+    [port] = re.findall(r"metrics of batches are on port (\d+)", said)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    pattern = r'^expertmesh_(batch\w+){model_name="tiny",state="(\w+)"} (\S+)$'
+    found = {(m[1], m[2]): float(m[3]) for m in re.finditer(pattern, text, re.MULTILINE)}
+    return None if found["batches", "running"] else found
 
 
 def test_files_elsewhere_are_refused_by_name(served: Served, batch_root: Path) -> None:

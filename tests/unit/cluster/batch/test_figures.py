@@ -60,6 +60,7 @@ def test_the_autoscaler_is_told_of_batches_that_have_not_ended() -> None:
     figures = BatchTally().figures([waiting, batch()], 1)
     assert figures.work == BatchWork(tokens_left=1525.0, tokens_done=0)
     assert (figures.running, figures.waiting, figures.rows_left) == (1, 1, 60)
+    assert BatchTally().figures([waiting], 0).work is None, "another `serve` drives it"
 
 
 def test_every_line_of_the_metrics_is_well_formed_and_has_a_type() -> None:

@@ -80,7 +80,9 @@ def supervisor(server: StoreServer, root: Path) -> BatchSupervisor:
 
 def scrape(taker: BatchSupervisor) -> dict[str, float]:
     """Return the metrics as Prometheus gets them, without their prefix."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{taker.metrics_port}/metrics") as answer:
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{taker.metrics_port}/metrics", timeout=10
+    ) as answer:
         lines = answer.read().decode().splitlines()
     found = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     return {name.removeprefix("expertmesh_"): float(value) for name, value in found}
