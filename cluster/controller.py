@@ -120,6 +120,8 @@ class Observed:
     """`[layers, experts]` pairs, where someone counted."""
     retry_at: float = 0.0
     """A plan failed; none before."""
+    start_at: float = 0.0
+    """A group could not start, or not stay; no other before, on the same clock."""
     failed: frozenset[str] = frozenset()
     """The groups of that plan: with others it may be tried at once."""
 
@@ -329,7 +331,7 @@ def _wake(observed: Observed, placement: Placement) -> list[Action]:
 def _number_of_groups(observed: Observed, target: Target, now: float) -> list[Action]:
     staying = [g for g, view in observed.groups.items() if view.phase is not GroupPhase.LEAVING]
     excess = len(staying) - target.groups
-    if excess < 0 and now >= observed.retry_at:
+    if excess < 0 and now >= observed.start_at:
         return [StartGroup(name) for name in _free_names(observed.groups, target, -excess)]
     # Newest first. Those that hold experts leave when a placement without them is in force.
     placements = (observed.placement, observed.plan)

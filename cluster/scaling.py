@@ -97,6 +97,7 @@ class Scaling:
     """Some router may follow the plan: it cannot be undone any more."""
     _load: npt.NDArray[np.int64] | None = None
     _retry_at: float = 0.0
+    _start_at: float = 0.0
     _failed: frozenset[str] = frozenset()
     _trouble: str = ""
     _wishes: Wishes = field(init=False)
@@ -130,7 +131,7 @@ class Scaling:
             routers=routers or self.target.routers,
             leaving=self.target.leaving if expert_groups is None else frozenset(),
         )
-        self._retry_at, self._trouble = 0.0, ""
+        self._retry_at, self._start_at, self._trouble = 0.0, 0.0, ""
         self.groups.trouble = self.routers.trouble = ""
 
     def wake(self) -> None:
@@ -229,7 +230,7 @@ class Scaling:
     def group_died(self, group_id: str) -> None:
         """Take note that a group's process has ended."""
         if self.groups.all[group_id].was_up is False:
-            self._retry_at = self.clock() + RETRY_S
+            self._start_at = self.clock() + RETRY_S
         if self.plan is not None and group_id in self.plan.groups:
             self._abandon()
         if self.placement is not None and group_id in self.placement.groups:
@@ -282,6 +283,7 @@ class Scaling:
             order=self._order,
             load=self._load,
             retry_at=self._retry_at,
+            start_at=self._start_at,
             failed=self._failed,
         )
 

@@ -343,7 +343,7 @@ def test_a_plan_that_failed_waits_and_other_groups_do_not() -> None:
 def test_what_cannot_start_leaves_the_service_as_it_is() -> None:
     world = World.of(2, 1)
     target = Target(groups=5, routers=1)
-    observed = replace(world.observe(), retry_at=10.0)
+    observed = replace(world.observe(), start_at=10.0)
     assert step(observed, target, 9.0) == []
     assert step(observed, target, 10.0) == [StartGroup(f"group-{i}") for i in (2, 3, 4)]
 

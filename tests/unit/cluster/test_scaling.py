@@ -11,6 +11,7 @@ import pytest
 from cluster.controller import Target
 from cluster.groups import Groups, ProcessPhase
 from cluster.members import ProcessFacts, RouterReady
+from cluster.restarts import MAX_QUICK_DEATHS
 from cluster.routers import Router, RouterPhase, Routers
 from cluster.scaling import ANSWER_TIMEOUT_S, RETRY_S, Scaling
 from experts.placement import Placement
@@ -170,6 +171,14 @@ class World:
                 return
         raise AssertionError(self.scaling.view())
 
+    def settle_without(self, group_id: str) -> None:
+        """Until a placement without it is in force and nothing more is done."""
+        for _ in range(10):
+            self.turn()
+        assert self.scaling.placement is not None
+        assert group_id not in self.scaling.placement.groups
+        assert group_id not in self.scaling.groups.all
+
     def lose(self, group_id: str) -> None:
         """Its process ends."""
         self.error = GroupLostError(group_id, "its process ended")
@@ -220,6 +229,19 @@ def test_a_group_whose_node_does_not_come_back_is_asked_for_anew(world: World) -
     world.settle()
     assert sorted(scaling.placement.groups) == list(GROUPS)
     assert scaling.view().trouble == ""
+
+
+def test_after_a_group_that_dies_again_and_again_there_is_a_pause(world: World) -> None:
+    groups = world.scaling.groups
+    for _ in range(MAX_QUICK_DEATHS):
+        while groups.all["group-1"].phase is not ProcessPhase.UP:
+            world.turn()
+            world.now += 0.5
+        world.lose("group-1")
+    world.settle_without("group-1")
+    world.now += RETRY_S
+    world.turn()
+    assert "group-1" in groups.all
 
 
 def test_a_group_that_does_not_finish_loading_is_ended(world: World) -> None:
