@@ -71,8 +71,9 @@ class PoolMemory:
     left_s: float | None = None
     """When members left; None: since then some have come."""
     regrets: int = 0
-    """Times in a row that members had to come back soon: within 16 times as long as the lull had
-    lasted in which they left."""
+    """Times in a row that members had to come back soon: within `RELUCTANCE` times as long as the
+    lull had lasted in which they left. Who comes back later was right to leave: a burst every hour
+    must not keep for ever what it needs for a moment."""
     waited_s: float = 0.0
     """How long it had lasted."""
 
@@ -155,7 +156,7 @@ def after_change(
         return replace(changed, left_s=None)
     if memory.left_s is not None:  # what came before was a step down
         waited_s = max(downscale_delay_s, memory.waited_s)
-        was_soon = now_s - memory.left_s <= RELUCTANCE**MAX_REGRETS * waited_s
+        was_soon = now_s - memory.left_s <= RELUCTANCE * waited_s
         regrets = min(memory.regrets + 1, MAX_REGRETS) if was_soon else 0
         changed = replace(changed, regrets=regrets, left_s=None)
     steady = max((signal.raises_to for signal in signals if signal.is_steady), default=0)

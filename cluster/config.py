@@ -204,7 +204,7 @@ class AutoscaleSection:
     """Seconds that more members must be wished without a break."""
     downscale_delay_s: float = number(300.0, minimum=0)
     """Seconds that fewer members must do without a break. Where few requests come it takes longer;
-    and 4, then 16 times as long, after members that left had to come back."""
+    and 4, then 16 times as long, after members that left had to come back soon."""
     downscale_to_zero_delay_s: float = number(900.0, minimum=1)
     """Idle seconds after which no groups are left, where min_groups is 0."""
     target_backlog_s: float = number(2.0, minimum=0.01)

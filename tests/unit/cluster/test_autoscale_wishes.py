@@ -79,12 +79,12 @@ def test_members_that_come_back_soon_stay_four_times_longer_each_time() -> None:
 
 def test_members_that_come_back_late_were_right_to_leave() -> None:
     memory = changed(replace(MEMORY, regrets=1), 0.0, 2, 1)
-    assert changed(memory, 160.0, 1, 2).regrets == 2  # 16 delays
-    assert changed(memory, 161.0, 1, 2).regrets == 0
+    assert changed(memory, 40.0, 1, 2).regrets == 2  # 4 delays
+    assert changed(memory, 41.0, 1, 2).regrets == 0
     waited, _ = with_lull(replace(MEMORY, regrets=1), 0.0, 1, 1.0)
     memory = changed(waited, 20.0, 2, 1)
-    assert changed(memory, 20.0 + 320.0, 1, 2).regrets == 2  # 16 times the 20 s
-    assert changed(memory, 20.0 + 321.0, 1, 2).regrets == 0
+    assert changed(memory, 20.0 + 80.0, 1, 2).regrets == 2  # 4 times the 20 s
+    assert changed(memory, 20.0 + 81.0, 1, 2).regrets == 0
 
 
 def test_waking_up_is_no_return_of_members_that_left_too_early() -> None:
