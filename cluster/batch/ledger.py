@@ -19,6 +19,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ JOB = "_batch/job.json"
 DONE = "_batch/done"
 TRIES = "_batch/tries"
 CANCELLED = "_batch/cancelled"
+READERS = 16
+"""Notes that are read at a time: an object store takes a while for each."""
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("custom_id", "text", "finish_reason")),
@@ -116,20 +119,19 @@ class Ledger:
         """Return the committed parts by number; deletes what crashed writers left."""
         for folder in ("", "_batch", DONE, TRIES):
             self.place.delete_temporary(folder)
-        noted = set(self.place.names(DONE))
+        noted = {part.number: part for part in self.noted_parts()}
         found = {}
         for file in self.place.names():
-            if not file.startswith("part-"):
-                continue
-            number = int(file.split("-")[1].split(".")[0])
-            part = self.noted(number) if f"{number:08d}.json" in noted else None
-            found[number] = part or self._note(number, self._recount(file))
+            if file.startswith("part-"):
+                number = int(file.split("-")[1].split(".")[0])
+                found[number] = noted.get(number) or self._note(number, self._recount(file))
         return found
 
     def noted_parts(self) -> list[DonePart]:
         """Return the parts that are noted as committed; changes nothing."""
         numbers = [int(name.removesuffix(".json")) for name in self.place.names(DONE)]
-        return [part for number in numbers if (part := self.noted(number)) is not None]
+        with ThreadPoolExecutor(READERS) as readers:
+            return [part for part in readers.map(self.noted, numbers) if part is not None]
 
     def noted(self, number: int) -> DonePart | None:
         """Return a committed part; None: it is not committed, or its writer died just then."""
