@@ -136,7 +136,8 @@ class Target:
     capacities: Mapping[str, float] = field(default_factory=dict)
     """Relative share of the experts by group id; 1 where none is given."""
     leaving: frozenset[str] = frozenset()
-    """Groups and routers that are to go before others."""
+    """Routers that are to go before others, and groups that are to go whatever the number: the
+    others are as many as wanted, but for the time in which there are too few of them."""
     order: int = 0
     """Counts the times that someone asked for another placement."""
 
@@ -329,16 +330,19 @@ def _wake(observed: Observed, placement: Placement) -> list[Action]:
 
 
 def _number_of_groups(observed: Observed, target: Target, now: float) -> list[Action]:
-    staying = [g for g, view in observed.groups.items() if view.phase is not GroupPhase.LEAVING]
-    excess = len(staying) - target.groups
-    if excess < 0 and now >= observed.start_at:
-        return [StartGroup(name) for name in _free_names(observed.groups, target, -excess)]
+    there = [g for g, view in observed.groups.items() if view.phase is not GroupPhase.LEAVING]
+    excess = sum(g not in target.leaving for g in there) - target.groups
     # Newest first. Those that hold experts leave when a placement without them is in force.
     placements = (observed.placement, observed.plan)
     named = {group for placement in placements if placement for group in placement.groups}
-    idle = [g for g in staying if not (observed.groups[g].busy or observed.groups[g].holds)]
+    idle = [g for g in there if not (observed.groups[g].busy or observed.groups[g].holds)]
     useless = [g for g in idle if g not in named]
-    return [StopGroup(g) for g in useless[::-1][: max(0, excess)]]
+    going = [g for g in useless if g in target.leaving]
+    going += [g for g in useless[::-1] if g not in target.leaving][: max(0, excess)]
+    actions: list[Action] = [StopGroup(g) for g in going]
+    if excess < 0 and now >= observed.start_at:
+        actions += [StartGroup(name) for name in _free_names(observed.groups, target, -excess)]
+    return actions
 
 
 def _free_names(taken: Mapping[str, GroupView], target: Target, count: int) -> list[str]:

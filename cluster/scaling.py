@@ -129,7 +129,6 @@ class Scaling:
             self.target,
             groups=self.target.groups if expert_groups is None else expert_groups,
             routers=routers or self.target.routers,
-            leaving=self.target.leaving if expert_groups is None else frozenset(),
         )
         self._retry_at, self._start_at, self._trouble = 0.0, 0.0, ""
         self.groups.trouble = self.routers.trouble = ""

@@ -212,6 +212,17 @@ def test_two_groups_that_are_drained_at_the_same_time_are_those_that_leave(world
     assert not world.scaling.target.leaving, "it is another group of that name"
 
 
+def test_a_drained_group_leaves_although_somebody_wants_the_number_back(world: World) -> None:
+    """As an autoscaler does whose least number it was; another group takes its place."""
+    world.scaling.leave("group-0")
+    world.turn()
+    world.scaling.scale(3)
+    world.settle()
+    assert list(world.scaling.groups.all) == ["group-1", "group-2", "group-3"]
+    assert world.scaling.placement is not None
+    assert set(world.scaling.placement.groups) == {"group-1", "group-2", "group-3"}
+
+
 def test_a_group_whose_node_does_not_come_back_is_asked_for_anew(world: World) -> None:
     world.now += 1000
     world.silent.add("group-1")
