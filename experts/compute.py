@@ -355,7 +355,11 @@ class DeepSpeedCompute:
                 num_slots,
                 use_grouped_mm=self.use_grouped_mm,
             )
-        return layer.to(shape.dtype).to_empty(device=self._device).requires_grad_(False)
+        # Not `to_empty`: `empty_like` of a meta tensor imports sympy, 0.4 s and 40 MB.
+        for name, empty in list(layer.named_parameters()):
+            weight = torch.empty(empty.shape, dtype=shape.dtype, device=self._device)
+            layer.register_parameter(name, torch.nn.Parameter(weight, requires_grad=False))
+        return layer
 
 
 def weighted_sum(

@@ -39,9 +39,26 @@ def test_a_group_without_deepspeed_does_not_start() -> None:
     assert "pip install deepspeed==0.19.8" in ended.stdout
 
 
-def test_importing_the_package_does_not_import_deepspeed() -> None:
-    code = "import experts.service, experts.weights, sys; sys.exit('deepspeed' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
+START_OF_A_GROUP = """
+import sys
+import experts.service, experts.weights
+assert "deepspeed" not in sys.modules
+import torch
+from experts.compute import DeepSpeedCompute, ExpertShape
+shape = ExpertShape(
+    num_layers=1, num_experts=4, hidden_size=16, intermediate_size=8, dtype=torch.bfloat16
+)
+DeepSpeedCompute(shape, use_grouped_mm=False).reserve(0, 4)
+assert "deepspeed" in sys.modules
+assert "sympy" not in sys.modules, "torch imports it for half a second"
+"""
+
+
+def test_a_group_imports_deepspeed_late_and_sympy_never() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", START_OF_A_GROUP], capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_the_device_of_a_machine_without_accelerator_is_the_cpu() -> None:
