@@ -31,7 +31,7 @@ from cluster.preflight import Examination, Facts, quick_checks
 from cluster.preflight_state import check_state_servers
 from cluster.private_ray import PrivateRay
 from cluster.processes import Processes
-from cluster.ray_api import Actor, Guard, RayCluster
+from cluster.ray_api import Actor, Guard, RayCluster, import_ray
 from cluster.routers import Router
 from cluster.security import load_security
 from cluster.state_servers import ServiceState
@@ -112,6 +112,8 @@ class Service:
         self._announce(self._facts)
         check_bounds(self.config, self._facts)
         if self._private is not None:
+            with self.guard():
+                import_ray()
             self._ray_address = self._private.address(self._left())
             with self.guard():
                 self._cluster = RayCluster.connect_private(

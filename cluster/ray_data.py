@@ -47,6 +47,11 @@ class PartClient:
         return {"done": [json.dumps(part.document()) for part in done]}
 
 
+def import_ray_data() -> None:
+    """Import Ray Data before it is needed, a second that passes while Ray starts."""
+    import ray.data  # noqa: F401
+
+
 def run_parts(parts: Sequence[Part], settings: WorkerSettings, pool: Pool) -> Iterator[DonePart]:
     """Yield parts as they are committed, in any order.
 

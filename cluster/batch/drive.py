@@ -31,7 +31,7 @@ from cluster.batch.worker import WorkerSettings
 from cluster.console import err_console
 from cluster.private_ray import PrivateRay
 from cluster.ray_api import RayCluster
-from cluster.ray_data import run_parts
+from cluster.ray_data import import_ray_data, run_parts
 from protos.client import Client, ClientConfig
 from protos.errors import ConfigurationError, InternalError
 from protos.tls import Access
@@ -291,8 +291,9 @@ def _ray(options: BatchOptions) -> Iterator[None]:
         num_actors=options.pool.max_clients + 1, namespace=namespace, verbose=False
     )
     try:
-        address = private.address()
         os.environ.setdefault(*QUIET_CORE)
+        import_ray_data()
+        address = private.address()
         cluster = RayCluster.connect_private(address, namespace=namespace, verbose=False)
         try:
             yield
