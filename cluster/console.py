@@ -19,6 +19,7 @@ from protos.errors import (
     RequestError,
     ServiceUnavailableError,
     SetupError,
+    UnauthenticatedError,
 )
 
 EXIT_OK = 0
@@ -57,6 +58,8 @@ def fail(error: ExpertMeshError) -> NoReturn:
     console = err_console()
     console.print("error:", style="bold red", end=" ")
     console.print(error.message, markup=False)
+    if isinstance(error, UnauthenticatedError):
+        console.print("       --api-key KEY, or EXPERTMESH_API_KEY, sends one", markup=False)
     if isinstance(error, FieldError) and len(error.violations) > 3:
         for violation in error.violations[3:]:
             console.print(f"       {violation}", markup=False)

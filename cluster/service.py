@@ -240,7 +240,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         while self._members.is_member(group_id):
             left_s = deadline - asyncio.get_running_loop().time()
             if left_s <= 0:
-                raise DeadlineExceededError(f"draining {group_id}", timeout_s)
+                raise DeadlineExceededError(f"draining {group_id}, which goes on,", timeout_s)
             await asyncio.sleep(min(LOOK_S, left_s))
         return cluster_pb2.DrainResponse()
 

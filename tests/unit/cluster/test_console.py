@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.console import exit_code
+from cluster.console import exit_code, fail
 from cluster.members import threads_per_group
 from cluster.stopping import STOP_SIGNALS, StopRequested, StopSignals
 from protos.errors import (
@@ -18,6 +18,7 @@ from protos.errors import (
     GroupLostError,
     InvalidFieldError,
     NotReadyError,
+    UnauthenticatedError,
     UnreachableError,
 )
 
@@ -37,6 +38,15 @@ from protos.errors import (
 )
 def test_every_kind_of_error_has_its_exit_code(error: ExpertMeshError, code: int) -> None:
     assert exit_code(error) == code
+
+
+def test_a_call_without_its_key_is_told_how_to_send_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        fail(UnauthenticatedError("the API key is not known"))
+    assert ended.value.code == 2
+    assert "--api-key KEY, or EXPERTMESH_API_KEY" in capsys.readouterr().err
 
 
 def test_a_nodes_cores_are_shared_among_its_groups() -> None:
