@@ -32,7 +32,7 @@ def clean_environment(tmp: str | None = None) -> dict[str, str]:
 def run_cli(
     *arguments: str,
     stdin: str = "",
-    timeout_s: float = 90.0,
+    timeout_s: float = 180.0,
     tmp: str | None = None,
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
