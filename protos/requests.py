@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 from protos.v1 import generation_pb2, session_pb2
 
 PAGE_SIZE = 100
-"""Sessions asked for at a time."""
+"""Sessions or batches asked for at a time."""
 
 ChatMessages = Sequence[Mapping[str, str]]
 Prompt = str | Sequence[int] | ChatMessages
