@@ -26,15 +26,14 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from experts.calls import MAX_FRAME_BYTES
 from experts.express import FIRST_BUFFER_BYTES, KEPT_BUFFER_BYTES, Buffers, Event
+from experts.lane_directory import SOCKET_NAME, make_directory
 from experts.runtime import ExpertRuntime
 from protos.codec import (
     FRAME_VERSION,
@@ -69,8 +68,6 @@ HELLO_TIMEOUT_S = 10.0
 MAX_UNGREETED = 64
 """Connections that have not said hello; a valid one takes a millisecond, so the oldest is closed to
 make room."""
-MAX_UNIX_PATH_BYTES = 100
-"""Below the 108 of `sockaddr_un`."""
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 
 
@@ -117,8 +114,8 @@ class LaneServer:
         """In the order in which they came."""
         self._num_open = 0
         self._stopping = False
-        self._directory = _short_private_directory()
-        self.unix_path = str(self._directory / "lane")
+        self._directory = make_directory()
+        self.unix_path = str(self._directory / SOCKET_NAME)
         self._listeners: list[socket.socket] = []
         try:
             unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -407,10 +404,3 @@ def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
-
-
-def _short_private_directory() -> Path:
-    """Make a directory of mode 0700 whose path leaves room for a socket's name."""
-    default = tempfile.gettempdir()
-    parent = default if len(os.fsencode(default)) < MAX_UNIX_PATH_BYTES - 24 else "/tmp"
-    return Path(tempfile.mkdtemp(prefix="expertmesh-", dir=parent))
