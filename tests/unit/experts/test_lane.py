@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import stat
+import tempfile
 import termios
 import threading
 from collections.abc import Iterator
@@ -247,7 +248,7 @@ def test_a_long_temporary_directory_does_not_make_a_long_socket_path(
 ) -> None:
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
-    monkeypatch.setattr(lane_module.tempfile, "tempdir", str(deep))
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
     lanes = LaneServer(runtime, host="127.0.0.1", host_id=HERE)
     assert len(lanes.unix_path) <= 100
     lanes.stop()
@@ -350,7 +351,7 @@ def test_lanes_are_served_at_the_same_time(lanes: LaneServer, runtime: ExpertRun
 
 
 def test_a_port_that_cannot_be_bound_leaves_no_directory(runtime: ExpertRuntime) -> None:
-    before = set(Path(lane_module.tempfile.gettempdir()).glob("expertmesh-*"))
+    before = set(Path(tempfile.gettempdir()).glob("expertmesh-*"))
     with pytest.raises((OSError, socket.gaierror)):
         LaneServer(runtime, host="203.0.113.7", host_id=HERE)
-    assert set(Path(lane_module.tempfile.gettempdir()).glob("expertmesh-*")) <= before
+    assert set(Path(tempfile.gettempdir()).glob("expertmesh-*")) <= before
