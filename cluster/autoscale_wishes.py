@@ -32,6 +32,8 @@ IDLE_EVIDENCE = 20.0
 RELUCTANCE = 4.0
 """So many times longer members stay after they left too early: from error to error it takes ever
 longer, so that there are few of them under a load that does not change."""
+SAME_LOAD = 2.0
+"""Times the load at which members left: more is another load, and not chance."""
 MAX_REGRETS = 2
 """In a row: 4, then 16 times the delay, by default 20 and 80 minutes."""
 
@@ -70,10 +72,10 @@ class PoolMemory:
     """... at this steady demand."""
     left_s: float | None = None
     """When members left; None: since then some have come."""
+    left_demand: float = 0.0
+    """The steady demand at which they left."""
     regrets: int = 0
-    """Times in a row that members had to come back soon: within `RELUCTANCE` times as long as the
-    lull had lasted in which they left. Who comes back later was right to leave: a burst every hour
-    must not keep for ever what it needs for a moment."""
+    """Times in a row that members had to come back soon; see `_was_soon`."""
     waited_s: float = 0.0
     """How long it had lasted."""
 
@@ -151,15 +153,28 @@ def after_change(
     changed = replace(without_wishes(memory), count=wanted)
     if wanted < count:
         waited_s = now_s - memory.lull.since_s if memory.lull else 0.0
-        return replace(changed, left_s=now_s, waited_s=waited_s)
+        left_demand = steady_demand(signals)
+        return replace(changed, left_s=now_s, left_demand=left_demand, waited_s=waited_s)
     if not count:  # it slept, and what woke it was no error
         return replace(changed, left_s=None)
     if memory.left_s is not None:  # what came before was a step down
-        waited_s = max(downscale_delay_s, memory.waited_s)
-        was_soon = now_s - memory.left_s <= RELUCTANCE * waited_s
+        away_s = now_s - memory.left_s
+        was_soon = _was_soon(memory, away_s, steady_demand(signals), downscale_delay_s)
         regrets = min(memory.regrets + 1, MAX_REGRETS) if was_soon else 0
         changed = replace(changed, regrets=regrets, left_s=None)
     steady = max((signal.raises_to for signal in signals if signal.is_steady), default=0)
     if steady < wanted:  # the steady load alone would not have raised it so far
         return replace(changed, pressed_count=count, pressed_demand=steady_demand(signals))
     return changed
+
+
+def _was_soon(memory: PoolMemory, away_s: float, demand: float, downscale_delay_s: float) -> bool:
+    """Return whether members who come back now should not have left.
+
+    Under a load that is much the same they should not, where it wanders so far within 16 times as
+    long as the lull had lasted in which they left. Another load says nothing of that, unless it is
+    there within 4 times: a burst every hour must not keep for ever what it needs for a moment.
+    """
+    is_same_load = demand <= SAME_LOAD * memory.left_demand
+    times = RELUCTANCE**MAX_REGRETS if is_same_load else RELUCTANCE
+    return away_s <= times * max(downscale_delay_s, memory.waited_s)

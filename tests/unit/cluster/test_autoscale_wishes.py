@@ -77,14 +77,21 @@ def test_members_that_come_back_soon_stay_four_times_longer_each_time() -> None:
     assert lull_s(memory, lull, DELAY_S, DELAY_S) == DELAY_S, "where nothing runs it is certain"
 
 
-def test_members_that_come_back_late_were_right_to_leave() -> None:
+@pytest.mark.parametrize(("back_for", "times"), [(2.0, 16), (2.1, 4)], ids=["same", "burst"])
+def test_members_that_come_back_late_were_right_to_leave(back_for: float, times: int) -> None:
+    """Who comes back for the load at which they left has longer to show that it was an error."""
+
+    def back(memory: PoolMemory, now_s: float) -> int:
+        signals = [steady(back_for, raises_to=2)]
+        return after_change(memory, now_s, 1, 2, signals, DELAY_S).regrets
+
     memory = changed(replace(MEMORY, regrets=1), 0.0, 2, 1)
-    assert changed(memory, 40.0, 1, 2).regrets == 2  # 4 delays
-    assert changed(memory, 41.0, 1, 2).regrets == 0
+    assert back(memory, times * DELAY_S) == 2
+    assert back(memory, times * DELAY_S + 1.0) == 0
     waited, _ = with_lull(replace(MEMORY, regrets=1), 0.0, 1, 1.0)
     memory = changed(waited, 20.0, 2, 1)
-    assert changed(memory, 20.0 + 80.0, 1, 2).regrets == 2  # 4 times the 20 s
-    assert changed(memory, 20.0 + 81.0, 1, 2).regrets == 0
+    assert back(memory, 20.0 + times * 20.0) == 2
+    assert back(memory, 20.0 + times * 20.0 + 1.0) == 0
 
 
 def test_waking_up_is_no_return_of_members_that_left_too_early() -> None:
