@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from cluster.controller import GroupPhase, Target
 from cluster.groups import Group
@@ -15,7 +15,7 @@ RESTING = (RouterPhase.UP, RouterPhase.LEFT, RouterPhase.GIVEN_UP)
 def under_way(
     target: Target,
     groups: Mapping[str, Group],
-    routers: Iterable[Router],
+    routers: Collection[Router],
     plan: Placement | None,
     missing_nodes: Callable[[], str],
 ) -> str:
@@ -45,7 +45,7 @@ def under_way(
     return "; ".join(words)
 
 
-def _step(plan: Placement, groups: Mapping[str, Group], routers: Iterable[Router]) -> str:
+def _step(plan: Placement, groups: Mapping[str, Group], routers: Collection[Router]) -> str:
     """Return how far a plan is."""
     if behind := [name for name in plan.groups if groups[name].holds < plan.epoch]:
         return f"{', '.join(behind)} load experts"
