@@ -40,6 +40,7 @@ from cluster.autoscale_signals import (
 from cluster.autoscale_wishes import (
     PoolMemory,
     after_change,
+    is_idle,
     lull_s,
     pressure_signal,
     with_lull,
@@ -309,7 +310,7 @@ def _wanted(
         if held_s < delay_s:
             return count, _not_yet(lull.most, held_s, delay_s, why), memory
         # Nothing to do is no matter of chance: what was wished before it does not count.
-        fewer = wish if around.idle_s >= policy.downscale_delay_s else lull.most
+        fewer = wish if is_idle(lull, policy.downscale_delay_s, around.idle_s) else lull.most
         # A node that never comes must not keep what it was asked for with; who serves stays as
         # long as others start.
         fewer = max(fewer, pool.ready) if pool.ready < count else fewer

@@ -4,13 +4,15 @@ Signals wander, because requests come at random. A wish for more (a *surge*) is 
 for the upscale delay without a break. A wish for fewer (a *lull*) must last for the longest of
 
   the downscale delay  `RELUCTANCE` times as long after each time that members had to come back soon
-                       after they had left, up to `MAX_REGRETS` times in a row; the plain delay
-                       where nothing runs at all
+                       after they had left, up to `MAX_REGRETS` times in a row
   the evidence         as long as `EVIDENCE` requests usually take: with one request in ten seconds
-                       half a minute without any is chance and no news. `IDLE_EVIDENCE` are
-                       enough where nothing runs at all. At most as long as the delay can become
+                       half a minute without any is chance and no news. At most as long as the delay
+                       can become
 
-and where a queue or a missed latency raised the number although the flow of work did not ask for it
+but the plain delay is enough where nothing runs at all, and that for as long as `IDLE_EVIDENCE`
+requests usually take.
+
+Where a queue or a missed latency raised the number although the flow of work did not ask for it
 (*pressure*), the members stay until that flow has fallen by `RELIEF`: else they would come and go
 for ever. The memory of all this goes from one decision to the next.
 """
@@ -116,11 +118,17 @@ def lull_s(memory: PoolMemory, lull: Lull, downscale_delay_s: float, idle_s: flo
         downscale_delay_s: At least.
         idle_s: Since when nothing runs at all, known for certain.
     """
-    is_idle = idle_s >= downscale_delay_s
-    evidence_s = lull.evidence_s * (IDLE_EVIDENCE / EVIDENCE if is_idle else 1.0)
+    if is_idle(lull, downscale_delay_s, idle_s):
+        return downscale_delay_s
     longest_s = RELUCTANCE**MAX_REGRETS * downscale_delay_s
-    patience_s = downscale_delay_s * (1.0 if is_idle else memory.reluctance)
-    return max(patience_s, min(evidence_s, longest_s))
+    return max(downscale_delay_s * memory.reluctance, min(lull.evidence_s, longest_s))
+
+
+def is_idle(lull: Lull, downscale_delay_s: float, idle_s: float) -> bool:
+    """Return whether nothing runs, and that for longer than it does by chance."""
+    longest_s = RELUCTANCE**MAX_REGRETS * downscale_delay_s
+    by_chance_s = lull.evidence_s * IDLE_EVIDENCE / EVIDENCE
+    return idle_s >= max(downscale_delay_s, min(by_chance_s, longest_s))
 
 
 def pressure_signal(memory: PoolMemory, count: int, signals: Sequence[Signal]) -> Signal | None:

@@ -11,6 +11,7 @@ from cluster.autoscale_wishes import (
     Lull,
     PoolMemory,
     after_change,
+    is_idle,
     lull_s,
     pressure_signal,
     with_lull,
@@ -55,10 +56,12 @@ def test_few_requests_make_it_at_most_sixteen_delays() -> None:
     assert lull_s(MEMORY, lull, DELAY_S, -1.0) == 160.0
 
 
-@pytest.mark.parametrize(("idle_s", "seconds"), [(9.9, 125.0), (10.0, 25.0)])
+@pytest.mark.parametrize(("idle_s", "seconds"), [(10.0, 125.0), (24.9, 125.0), (25.0, DELAY_S)])
 def test_twenty_requests_that_do_not_come_are_enough(idle_s: float, seconds: float) -> None:
+    """A pause of one delay is nothing where a request in 1.25 s is usual."""
     _, lull = with_lull(MEMORY, 0.0, 1, 0.8)
     assert lull_s(MEMORY, lull, DELAY_S, idle_s) == seconds
+    assert is_idle(lull, DELAY_S, idle_s) is (seconds == DELAY_S)
 
 
 def changed(memory: PoolMemory, now_s: float, count: int, wanted: int) -> PoolMemory:
